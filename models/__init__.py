@@ -1,0 +1,5 @@
+from .model_1 import Model_1
+from .model_2 import Model_2
+from .model_3 import Model_3
+
+__all__ = ["Model_1", "Model_2", "Model_3"]

@@ -1,0 +1,24 @@
+from torch import nn
+
+
+class Model_1(nn.Sequential):
+    """Baseline digit classifier, 26,698 parameters: two convolutions, two fully connected layers.
+
+    Takes normalised images, float32 (N, 1, 28, 28), and returns logits, float32 (N, 10).
+    A LeNet-like net; after Y. LeCun et al., "Gradient-based learning applied to document
+    recognition", Proceedings of the IEEE 86(11), 1998.
+    """
+
+    def __init__(self):
+        super().__init__(  # input: 1 x 28 x 28
+            nn.Conv2d(1, 8, 3, padding=1),  # 8 x 28 x 28
+            nn.MaxPool2d(2),  # 8 x 14 x 14
+            nn.ReLU(),
+            nn.Conv2d(8, 16, 3, padding=1),  # 16 x 14 x 14
+            nn.MaxPool2d(2),  # 16 x 7 x 7
+            nn.ReLU(),
+            nn.Flatten(),  # 784
+            nn.Linear(784, 32),
+            nn.ReLU(),
+            nn.Linear(32, 10),
+        )
