@@ -101,10 +101,13 @@ def save(state, path):
 
 
 def train(name, args):
-    """Trains the model of this name; saves the best epoch's weights; prints its test accuracy.
+    """Trains the model of this name, saves its weights after the best epoch and prints what they score.
 
     The validation images choose the epoch, lower the learning rate and stop the training. The test
     images are looked at once, when all that is decided.
+
+    Returns:
+        The saved weights' accuracies on the validation and on the test images, fractions.
     """
     started = time.perf_counter()
     epochs, lr = args.epochs or RECIPES[name].epochs, args.lr or RECIPES[name].lr
@@ -153,6 +156,7 @@ def train(name, args):
     test_accuracy = evaluate(average, test_loader)
     print(f"Test Accuracy: {test_accuracy:.2%} (epoch {best_epoch}, {path.name})")
     print(f"Time: {time.perf_counter() - started:.0f} s")
+    return best_accuracy, test_accuracy
 
 
 def positive_int(text):
@@ -188,7 +192,7 @@ def default_device():
     return "cuda" if torch.cuda.is_available() else mps
 
 
-def parse_args():
+def parse_args(arguments=None):
     def per_model(field):
         return ", ".join(f"{name} {getattr(recipe, field):g}" for name, recipe in RECIPES.items())
 
@@ -203,7 +207,7 @@ def parse_args():
     add("--early-stopping", type=positive_int, metavar="N", help="stop N epochs after the best; default: off")
     add("--data-dir", type=Path, default=DATA_DIR, metavar="DIR", help="has MNIST/raw; default: %(default)s")
     add("--output-dir", type=Path, default=Path(), metavar="DIR", help="for the models; default: this one")
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def main():
