@@ -36,7 +36,7 @@ class Recipe(NamedTuple):
 
 RECIPES = {
     "Model_1": Recipe(epochs=2, lr=0.01),
-    "Model_2": Recipe(epochs=12, lr=0.01),
+    "Model_2": Recipe(epochs=12, lr=0.005),
     "Model_3": Recipe(epochs=15, lr=0.01),
 }
 PLATEAU = 0.003  # the accuracy, a fraction, that an epoch must gain to count as progress

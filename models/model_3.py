@@ -2,39 +2,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-
-class Upright(nn.Module):
-    """Brings each digit into a standard pose: centred, without slant, of a more even size.
-
-    Nothing here is learned; the pose is read off the moments of the ink. The centre is its mean, the
-    slant its regression of x on y, and its standard deviations, along y and across the slant, are
-    moved halfway (on a logarithmic scale) to those of an average digit. After C.-L. Liu et al.,
-    "Handwritten digit recognition: investigation of normalization and feature extraction
-    techniques", Pattern Recognition 37(2), 2004.
-
-    Takes normalised images, float32 (N, 1, 28, 28); returns the same with the background at 0.
-    """
-
-    BACKGROUND = -0.1307 / 0.3081  # a pixel without ink, normalised
-    WIDTH, HEIGHT = 0.26, 0.39  # standard deviations of an average digit, half a side being 1
-
-    def __init__(self):
-        super().__init__()
-        axis = (torch.arange(28) + 0.5) / 14 - 1  # the centres of the pixels, from -1 to 1
-        y, x = (plane.flatten() for plane in torch.meshgrid(axis, axis, indexing="ij"))
-        self.register_buffer("monomials", torch.stack([x**0, x, y, x * x, x * y, y * y], 1), persistent=False)
-
-    def forward(self, images):
-        ink = F.relu(images - self.BACKGROUND)
-        moments = ink.flatten(1) @ self.monomials
-        x, y, xx, xy, yy = (moments[:, 1:] / moments[:, :1].clamp(min=1e-3)).unbind(1)
-        xx, xy, yy = xx - x * x, xy - x * y, (yy - y * y).clamp(min=1e-3)
-        slant = xy / yy
-        height = (yy.sqrt() / self.HEIGHT).sqrt()
-        width = ((xx - slant * xy).clamp(min=1e-2).sqrt() / self.WIDTH).sqrt()
-        rows = [width, slant * height, x, torch.zeros_like(x), height, y]
-        grid = F.affine_grid(torch.stack(rows, 1).view(-1, 2, 3), ink.shape, align_corners=False)
-        return F.grid_sample(ink, grid, align_corners=False)
+from .model_2 import Upright
 
 
 class SymmetricConv2d(nn.Module):
@@ -82,27 +50,35 @@ class Model_3(nn.Sequential):
     """Advanced digit classifier, 4,506 parameters: a pose first, then filters that share weights.
 
     Takes normalised images, float32 (N, 1, 28, 28), and returns logits, float32 (N, 10).
-    Batch normalisation: S. Ioffe, C. Szegedy, "Batch normalization", ICML 2015.
+    Batch normalisation: S. Ioffe, C. Szegedy, "Batch normalization", ICML 2015. Layer normalisation:
+    J. L. Ba et al., arXiv:1607.06450. PReLU: K. He et al., "Delving deep into rectifiers", ICCV 2015.
     """
 
     def __init__(self):
-        super().__init__(  # input: 1 x 28 x 28; parameters of convolution and normalisation
+        super().__init__(  # input: 1 x 28 x 28; then each output, and the parameters where there are any
             Upright(),  # 1 x 28 x 28
-            SymmetricConv2d(1, 1, 6, stride=2, padding=2, poses=1),  # 8 x 14 x 14: 36
-            nn.BatchNorm2d(8),  # 16
+            SymmetricConv2d(1, 2, 5, stride=2, padding=2, poses=1),  # 16 x 14 x 14; 50
+            nn.BatchNorm2d(16),  # 32
             nn.ReLU(),
-            SymmetricConv2d(1, 3, 3, padding=1),  # 24 x 14 x 14: 216
+            SymmetricConv2d(2, 3, 3, padding=1),  # 24 x 14 x 14; 432
             nn.BatchNorm2d(24),  # 48
             nn.ReLU(),
             nn.MaxPool2d(2),  # 24 x 7 x 7
-            SymmetricConv2d(3, 5, 3, padding=1),  # 40 x 7 x 7: 1,080
-            nn.BatchNorm2d(40),  # 80
+            SymmetricConv2d(3, 4, 3, padding=1),  # 32 x 7 x 7; 864
+            nn.BatchNorm2d(32),  # 64
             nn.ReLU(),
-            SymmetricConv2d(5, 6, 3, padding=1),  # 48 x 7 x 7: 2,160
-            nn.BatchNorm2d(48),  # 96
+            SymmetricConv2d(4, 4, 3, padding=1),  # 32 x 7 x 7; 1,152
+            nn.BatchNorm2d(32),  # 64
             nn.ReLU(),
-            SymmetricConv2d(1, 6, 7, groups=48, poses=1),  # 48 x 1 x 1: 294, where each feature should be
-            nn.Flatten(),  # 48
-            nn.Dropout(0.1),  # here, where a feature is one number: no digit may hang on one alone
-            nn.Linear(48, 10, bias=False),  # 480
+            SymmetricConv2d(4, 4, 3, padding=1),  # 32 x 7 x 7; 1,152
+            nn.BatchNorm2d(32),  # 64
+            nn.ReLU(),
+            SymmetricConv2d(1, 4, 7, groups=32, poses=1),  # 32 x 1 x 1; 196: where each feature belongs
+            nn.Flatten(),  # 32
+            nn.LayerNorm(32),  # 64
+            nn.Unflatten(1, (4, 8)),  # filters x poses
+            nn.PReLU(4),  # 4: one slope a filter
+            nn.Flatten(),  # 32
+            nn.Dropout(0.1),  # here, where a feature is a single number: no digit may hang on one of them
+            nn.Linear(32, 10, bias=False),  # 320
         )

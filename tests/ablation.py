@@ -37,7 +37,8 @@ def plain_filters():
         layers += [nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False)]
         layers += [nn.BatchNorm2d(outputs), nn.ReLU()]
     layers.insert(-3, nn.MaxPool2d(2))
-    layers += [nn.Conv2d(12, 12, 7, groups=12), nn.Flatten(), nn.Dropout(0.1), nn.Linear(12, 10)]
+    layers += [nn.Conv2d(12, 12, 7, groups=12), nn.Flatten(), nn.LayerNorm(12), nn.ReLU()]
+    layers += [nn.Dropout(0.1), nn.Linear(12, 10)]
     return nn.Sequential(*layers)
 
 

@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 import models
-from models.model_3 import SymmetricConv2d, Upright
+from models.model_2 import Upright
+from models.model_3 import SymmetricConv2d
 
 PARAMETERS = {"Model_1": 26_698, "Model_2": 15_106, "Model_3": 4_506}
 
