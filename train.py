@@ -91,11 +91,16 @@ def evaluate(model, loader):
 
 
 def save(state, path):
-    """Writes what `torch.load` reads back; a run killed meanwhile leaves the old file intact."""
+    """Writes what `torch.load` reads back; a run killed meanwhile leaves the old file intact.
+
+    Raises OSError where the file cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         torch.save(state, temporary)
         temporary.replace(path)
+    except RuntimeError as error:  # what torch.save makes of a full disk
+        raise OSError(f"{path} could not be written ({str(error).splitlines()[0]})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -112,6 +117,8 @@ def train(name, args):
     started = time.perf_counter()
     epochs, lr = args.epochs or RECIPES[name].epochs, args.lr or RECIPES[name].lr
     path = args.output_dir / f"best_{name}.pth"
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: move it away, the best model is saved under this name")
 
     loaders = get_loaders(args.batch_size, seed=args.seed, device=args.device, data_dir=args.data_dir)
     train_loader, validation_loader, test_loader = loaders
@@ -143,7 +150,7 @@ def train(name, args):
 
         if accuracy > best_accuracy:
             best_accuracy, best_epoch = accuracy, epoch
-            save({name: value.cpu() for name, value in average.state_dict().items()}, path)
+            save({key: value.cpu() for key, value in average.state_dict().items()}, path)
         elif args.early_stopping and epoch - best_epoch >= args.early_stopping:
             print(f"Stopped early: no better epoch in the last {args.early_stopping}")
             break
@@ -160,39 +167,45 @@ def train(name, args):
 
 
 def positive_int(text):
+    """A flag's value: a whole number from 1."""
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
     return value
 
 
 def learning_rate(text):
+    """A flag's value: a finite number over 0."""
     if not 0 < (value := float(text)) < math.inf:
         raise argparse.ArgumentTypeError(f"{text} is not a positive, finite number")
     return value
 
 
 def seed(text):
+    """A flag's value: a whole number from 0 that fits in 63 bits."""
     if not 0 <= (value := int(text)) < 2**63:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2**63 - 1")
     return value
 
 
 def device(text):
+    """A flag's value: the `torch.device` of this name, tried out."""
     try:
-        device = torch.device(text)
-        torch.zeros(1, device=device).item()  # fails where there is no such device, or it holds no data
-        return device
+        torch.zeros(1, device=text).item()  # fails where there is no such device, or it holds no data
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise argparse.ArgumentTypeError(f"there is no device '{text}' here ({reason})") from error
+    return torch.device(text)
 
 
 def default_device():
+    """The fastest kind of device that is there."""
     mps = "mps" if torch.backends.mps.is_available() else "cpu"
     return "cuda" if torch.cuda.is_available() else mps
 
 
 def parse_args(arguments=None):
+    """Parses these arguments, or the command line's; prints usage and exits with status 2 on a mistake."""
+
     def per_model(field):
         return ", ".join(f"{name} {getattr(recipe, field):g}" for name, recipe in RECIPES.items())
 

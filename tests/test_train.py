@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import conftest
 import datafile
 import models
 import train
+from conftest import ROOT
 
 SMALL = "tests/train_small.py"
 BLOCK = re.compile(
@@ -103,7 +103,7 @@ def test_a_bar_is_drawn_on_a_terminal_and_nowhere_else(run, small_data, tmp_path
 
     terminal, its_end = pty.openpty()
     termios.tcsetwinsize(its_end, (24, 80))
-    command = [sys.executable, conftest.ROOT / SMALL, *options]
+    command = [sys.executable, ROOT / SMALL, *options]
     every_step = os.environ | {"TQDM_MININTERVAL": "0"}
     pipes = {"stdout": subprocess.PIPE, "stderr": its_end}
     with subprocess.Popen(command, cwd=tmp_path, env=every_step, **pipes) as process:
@@ -157,6 +157,7 @@ MISTAKES = [
     (["--device", "meta"], 2, "meta"),
     (["--output-dir", "a_file"], 1, "a_file"),
     (["--output-dir", "/proc"], 1, "/proc"),
+    (["--output-dir", "has_a_folder"], 1, "best_Model_3.pth"),
     (["--data-dir", "broken"], 1, "train-images-idx3-ubyte"),
     (["--frobnicate"], 2, "--frobnicate"),
 ]
@@ -168,6 +169,7 @@ def test_a_mistake_is_one_sentence_and_leaves_everything_alone(
 ):
     (tmp_path / "a_file").write_text("mine")
     (tmp_path / "best_Model_3.pth").write_text("mine too")
+    (tmp_path / "has_a_folder" / "best_Model_3.pth").mkdir(parents=True)
     raw_dir = tmp_path / "broken" / "MNIST" / "raw"
     raw_dir.mkdir(parents=True)
     for name in datafile.SHAPES:
@@ -201,3 +203,13 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_best_model(run, s
     assert process.returncode == 1
     assert process.stderr.startswith("train.py: error: the loss became") and process.stderr.count("\n") == 1
     assert (tmp_path / "best_Model_1.pth").read_text() == "mine"
+
+
+def test_a_full_disk_is_one_sentence_and_spares_the_best_model(small_data, tmp_path):
+    (tmp_path / "best_Model_1.pth").write_text("mine")
+    command = f"ulimit -f 8; exec {sys.executable} {ROOT / SMALL} --model Model_1 --data-dir {small_data}"
+    process = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 1
+    assert process.stderr.startswith("train.py: error: ") and process.stderr.count("\n") == 1
+    assert "best_Model_1.pth" in process.stderr
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("best_Model_1.pth", "mine")]
