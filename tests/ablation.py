@@ -21,18 +21,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import models  # noqa: E402
 import train  # noqa: E402
 from models import model_3  # noqa: E402
+from models.model_2 import Upright  # noqa: E402
 
 
 class Background(nn.Module):
     """What is left of `Upright` without its pose: the background at 0."""
 
     def forward(self, images):
-        return images - model_3.Upright.BACKGROUND
+        return images - Upright.BACKGROUND
 
 
 def plain_filters():
     """Model_3 with ordinary convolutions, as wide as its number of parameters allows."""
-    layers = [model_3.Upright()]
+    layers = [Upright()]
     for inputs, outputs, size, stride in (1, 8, 5, 2), (8, 12, 3, 1), (12, 12, 3, 1), (12, 12, 3, 1):
         layers += [nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False)]
         layers += [nn.BatchNorm2d(outputs), nn.ReLU()]
