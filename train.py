@@ -73,7 +73,7 @@ def train_epoch(model, average, loader, optimizer, epoch):
 def update_average(average, model, weight):
     """Moves `average`, a copy of `model`, towards it by this weight, batch normalisation included.
 
-    The average of the weights that a run passes through is better than the last of them: B. Polyak,
+    The average of the weights that a run passes through is often better than the last of them: B. Polyak,
     A. Juditsky, "Acceleration of stochastic approximation by averaging", SIAM J. Control Optim.
     30(4), 1992. (`torch.optim.swa_utils.AveragedModel` reads its counter, and so waits, at each call.)
     """
