@@ -3,19 +3,27 @@
     python train.py                                  # Model_3, the advanced one
     python train.py --model Model_1 --seed 1
     python train.py --model all --output-dir runs
+    python train.py --resume                         # go on where an interrupted run was
 
-Read from top to bottom: the recipes, one epoch, the score, the files, the loop, the flags.
+Read from top to bottom: the recipes, one epoch, the score, the loop, the interruptions, the flags.
 """
 
 import argparse
+import contextlib
 import copy
 import math
 import os
+import random
+import shlex
+import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":  # before the imports that take a second: Ctrl-C there ends without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -25,6 +33,7 @@ from tqdm import tqdm
 
 import models
 from datafile import DATA_DIR, augment, get_loaders
+from models import checkpoint
 
 
 class Recipe(NamedTuple):
@@ -39,7 +48,6 @@ RECIPES = {
     "Model_2": Recipe(epochs=12, lr=0.005),
     "Model_3": Recipe(epochs=15, lr=0.01),
 }
-PLATEAU = 0.003  # the accuracy, a fraction, that an epoch must gain to count as progress
 
 
 def train_epoch(model, average, loader, optimizer, epoch):
@@ -48,25 +56,43 @@ def train_epoch(model, average, loader, optimizer, epoch):
     Returns:
         The mean loss of the epoch and its accuracy (a fraction), on the images as the model saw
         them: augmented, with dropout, and by weights that were still changing.
+
+    Raises:
+        FloatingPointError: a step's loss is not finite.
     """
     model.train()
-    # The sums stay on the device: to read one is to wait for everything queued before it.
-    loss_sum, correct, seen = 0.0, 0, 0
+    # A line of sums for each step. The device fills it in when it gets there and nothing waits for it.
+    on_cuda = next(model.parameters()).is_cuda
+    sums = torch.zeros(len(loader), 2, pin_memory=on_cuda)
+    loss_sums, correct = sums.numpy().T
+    seen = 0
     with tqdm(loader, f"Epoch {epoch}", leave=False, disable=None) as bar:  # None: not without a terminal
-        for step, (images, labels) in enumerate(bar, (epoch - 1) * len(loader)):
+        for step, (images, labels) in enumerate(bar):
             logits = model(augment(images))
             loss = cross_entropy(logits, labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            update_average(average, model, 9 / (10 + step))  # so that it spans the last ninth of the steps
+            steps_before = (epoch - 1) * len(loader) + step
+            update_average(average, model, 9 / (10 + steps_before))  # so that it spans the last ninth of all
 
-            loss_sum += loss.detach() * len(labels)
-            correct += (logits.argmax(1) == labels).sum()
+            hits = (logits.argmax(1) == labels).sum()
+            sums[step].copy_(torch.stack([loss.detach() * len(labels), hits]), non_blocking=True)
             seen += len(labels)
-            if not bar.disable and step % 20 == 0:
-                bar.set_postfix_str(f"loss {loss_sum / seen:.3f}, {correct / seen:.2%}", refresh=False)
-    return float(loss_sum / seen), float(correct / seen)
+            if not math.isfinite(loss_sums.sum()):
+                break
+            bar.set_postfix_str(
+                f"loss {loss_sums.sum() / seen:.3f}, {correct.sum() / seen:.2%}", refresh=False
+            )
+    loss.item()  # waits for the last of the sums
+    for step, value in enumerate(loss_sums):
+        if not math.isfinite(value):
+            lr = optimizer.param_groups[0]["lr"]
+            raise FloatingPointError(
+                f"the loss became {value} in epoch {epoch}, step {step + 1}, at a learning rate of {lr:g}: "
+                "try a lower one (--lr)"
+            )
+    return float(loss_sums.sum() / seen), float(correct.sum() / seen)
 
 
 @torch.no_grad()
@@ -90,19 +116,14 @@ def evaluate(model, loader):
     return float(correct / len(loader.dataset))
 
 
-def save(state, path):
-    """Writes what `torch.load` reads back; a run killed meanwhile leaves the old file intact.
-
-    Raises OSError where the file cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        torch.save(state, temporary)
-        temporary.replace(path)
-    except RuntimeError as error:  # what torch.save makes of a full disk
-        raise OSError(f"{path} could not be written ({str(error).splitlines()[0]})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+def state_after_a_step(optimizer):
+    """Returns the `state_dict` of a copy of the optimiser that has taken its first step."""
+    optimizer = copy.deepcopy(optimizer)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return optimizer.state_dict()
 
 
 def train(name, args):
@@ -116,13 +137,16 @@ def train(name, args):
     """
     started = time.perf_counter()
     epochs, lr = args.epochs or RECIPES[name].epochs, args.lr or RECIPES[name].lr
-    path = args.output_dir / f"best_{name}.pth"
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: move it away, the best model is saved under this name")
+    best_path, last_path = (args.output_dir / f"{kind}_{name}.pth" for kind in ("best", "last"))
+    for path in best_path, last_path:
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder: move it away, this run saves a file there")
+        checkpoint.temporary_name(path).unlink(missing_ok=True)
 
     loaders = get_loaders(args.batch_size, seed=args.seed, device=args.device, data_dir=args.data_dir)
     train_loader, validation_loader, test_loader = loaders
     torch.manual_seed(args.seed)
+    random.seed(args.seed)  # nothing here draws from it, but its state is saved
     model = getattr(models, name)()
     print(f"{name} on {args.device}, seed {args.seed}")
     summary(copy.deepcopy(model).eval(), (1, 28, 28), device="cpu")
@@ -132,15 +156,44 @@ def train(name, args):
     model.to(args.device)
     average = copy.deepcopy(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
-    scheduler = ReduceLROnPlateau(
-        optimizer, mode="max", factor=0.1, patience=3, threshold=PLATEAU, threshold_mode="abs"
-    )
+    scheduler = ReduceLROnPlateau(optimizer, mode="max", factor=0.1, patience=3)
+    parts = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler}
+    flags = {"model": name, "seed": args.seed, "batch-size": args.batch_size, "lr": lr}
+    generator = train_loader.sampler.generator
+    history, best = [], {}  # rows of training loss, training accuracy, validation accuracy, learning rate
 
-    best_accuracy, best_epoch = -1.0, 0
-    for epoch in range(1, epochs + 1):
+    def best_epoch():
+        accuracies = [row[2] for row in history]
+        return accuracies.index(max(accuracies)) + 1
+
+    def finished():
+        waited = args.early_stopping and history and len(history) - best_epoch() >= args.early_stopping
+        return waited or len(history) >= epochs
+
+    def state():
+        return {
+            "layout": checkpoint.LAYOUT,
+            "flags": flags,
+            "history": history,
+            "best": best,
+            "random": checkpoint.random_states(generator, args.device),
+            **{name: part.state_dict() for name, part in parts.items()},
+        }
+
+    if args.resume and last_path.exists():
+        expected = state() | {"best": model.state_dict(), "optimizer": state_after_a_step(optimizer)}
+        saved = checkpoint.read_state(last_path, expected)
+        history, best = saved["history"], saved["best"]
+        checkpoint.restore(saved, parts, generator, args.device, last_path)
+        checkpoint.save(best, best_path)  # a run killed before it saved its state has left a newer one
+        args.saved = f"epoch {len(history)} is saved in {last_path}"
+        print(f"{last_path} is {'finished' if finished() else 'resumed'} after epoch {len(history)}")
+    elif args.resume:
+        print(f"There is no {last_path} to resume: starting from the beginning")
+
+    while not finished():
+        epoch = len(history) + 1
         loss, training_accuracy = train_epoch(model, average, train_loader, optimizer, epoch)
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"the loss became {loss} in epoch {epoch}: try a lower rate than {lr:g}")
         accuracy = evaluate(average, validation_loader)
         print(f"Epoch: {epoch}/{epochs}")
         print(f"Training Loss: {loss:.3f}")
@@ -148,22 +201,24 @@ def train(name, args):
         print(f"Validation Accuracy: {accuracy:.2%}")
         print("-" * 50)
 
-        if accuracy > best_accuracy:
-            best_accuracy, best_epoch = accuracy, epoch
-            save({key: value.cpu() for key, value in average.state_dict().items()}, path)
-        elif args.early_stopping and epoch - best_epoch >= args.early_stopping:
-            print(f"Stopped early: no better epoch in the last {args.early_stopping}")
-            break
+        lr = optimizer.param_groups[0]["lr"]
+        history.append((loss, training_accuracy, accuracy, lr))
         scheduler.step(accuracy)
         if optimizer.param_groups[0]["lr"] < lr:
-            lr = optimizer.param_groups[0]["lr"]
-            print(f"Learning rate lowered to {lr:g}")
+            print(f"Learning rate lowered to {optimizer.param_groups[0]['lr']:g}")
+        if best_epoch() == epoch:
+            best = {key: value.cpu().clone() for key, value in average.state_dict().items()}
+            checkpoint.save(best, best_path, keep_old=epoch == 1)
+        checkpoint.save(state(), last_path)
+        args.saved = f"epoch {epoch} is saved in {last_path}"
+    if len(history) < epochs:
+        print(f"Stopped early: no better epoch in the last {args.early_stopping}")
 
-    average.load_state_dict(torch.load(path, weights_only=True))
+    average.load_state_dict(best)
     test_accuracy = evaluate(average, test_loader)
-    print(f"Test Accuracy: {test_accuracy:.2%} (epoch {best_epoch}, {path.name})")
+    print(f"Test Accuracy: {test_accuracy:.2%} (epoch {best_epoch()}, {best_path.name})")
     print(f"Time: {time.perf_counter() - started:.0f} s")
-    return best_accuracy, test_accuracy
+    return history[best_epoch() - 1][2], test_accuracy
 
 
 def positive_int(text):
@@ -218,25 +273,54 @@ def parse_args(arguments=None):
     add("--seed", type=seed, default=0, metavar="N", help="of split, weights, order; default: %(default)s")
     add("--device", type=device, default=default_device(), help="default: cuda, else mps, else cpu")
     add("--early-stopping", type=positive_int, metavar="N", help="stop N epochs after the best; default: off")
+    add("--resume", action="store_true", help="go on where last_<model>.pth in the output folder ends")
     add("--data-dir", type=Path, default=DATA_DIR, metavar="DIR", help="has MNIST/raw; default: %(default)s")
     add("--output-dir", type=Path, default=Path(), metavar="DIR", help="for the models; default: this one")
     return parser.parse_args(arguments)
 
 
+def stop_at_signals(args):
+    """Has Ctrl-C, `kill` and a lost terminal end the program at once, saying what is saved.
+
+    Nothing is finished or tidied up: the files are whole at every moment, and to go on like that is
+    safer than an exception out of nowhere.
+    """
+
+    def stop(number, frame):
+        with contextlib.suppress(OSError, RuntimeError):  # the terminal is gone, or a line is half printed
+            sys.stdout.flush()
+        clear = "\r\033[K" if sys.stderr.isatty() else ""  # the bar
+        command = shlex.join(["python", *sys.argv] + ["--resume"] * (not args.resume))
+        message = f"{clear}{signal.Signals(number).name}: {args.saved}; go on with: {command}\n"
+        with contextlib.suppress(OSError):
+            os.write(2, message.encode())
+        os._exit(128 + number)
+
+    for name in "SIGINT", "SIGTERM", "SIGHUP":
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
+            signal.signal(number, stop)
+
+
 def main():
     args = parse_args()
+    args.saved = "nothing of this run is saved yet"
+    stop_at_signals(args)
     sys.stdout.reconfigure(line_buffering=True)  # whoever follows a log sees each line at once
     names = list(RECIPES) if args.model == "all" else [args.model]
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=args.output_dir):  # better found out now than after an epoch
             pass
+        checkpoint.lock(args.output_dir)
         for name in names:
             train(name, args)
     except (OSError, ValueError, FloatingPointError) as error:
         sys.exit(f"train.py: error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except RuntimeError as error:
+        if "memory" not in str(error):
+            raise
+        sys.exit(f"train.py: error: {args.device} has too little memory: try a smaller --batch-size")
 
 
 if __name__ == "__main__":

@@ -69,7 +69,8 @@ def dropout():
 
 
 def plateau():
-    train.ReduceLROnPlateau = lambda optimizer, **options: argparse.Namespace(step=lambda accuracy: None)
+    scheduler = train.ReduceLROnPlateau
+    train.ReduceLROnPlateau = lambda optimizer, **options: scheduler(optimizer, **options | {"patience": 99})
 
 
 VARIANTS = {f.__name__: f for f in (nothing, pose, symmetry, augmentation, averaging, dropout, plateau)}

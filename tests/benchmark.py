@@ -1,53 +1,256 @@
-"""How fast batches come: this project's loader against the usual one and against a bare loop.
+"""What this project costs, in ratios to what it could cost: the figures of README.md's speed table.
 
-    python tests/benchmark.py
+    python tests/benchmark.py          # all rows, about a quarter of an hour, nothing else running
+    python tests/benchmark.py 1 2 4    # these rows
 
-Each figure is the median of three epochs over the 55,000 or 60,000 training images, on the CPU.
+Both sides of a ratio are measured in turn, after a first round that is not counted; a figure is the
+median of three rounds or more. Trainings run on CUDA where there is one.
 """
 
+import copy
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 import torchvision
-from torch.utils.data import DataLoader
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Subset
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import datafile  # noqa: E402
+import models  # noqa: E402
+import train  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def images_per_second(epoch):
-    """Runs `epoch`, a function that returns an iterable of batches, four times; the first is not counted."""
-    rates = []
-    for _ in range(4):
-        started = time.perf_counter()
-        images = sum(len(labels) for _, labels in epoch())
-        rates.append(images / (time.perf_counter() - started))
-    return statistics.median(rates[1:])
+def median_seconds(*functions, rounds=3):
+    """The median time of each function, all of them called in turn, round after round."""
+    times = [[] for _ in functions]
+    for _ in range(1 + rounds):
+        for function, seconds in zip(functions, times, strict=True):
+            started = time.perf_counter()
+            function()
+            seconds.append(time.perf_counter() - started)
+    return [statistics.median(seconds[1:]) for seconds in times]
+
+
+def standard_dataset():
+    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
+    return datasets.MNIST(datafile.DATA_DIR, transform=transform)
+
+
+def read(batches):
+    for _ in batches:
+        pass
+
+
+def bare_batches(x, y):
+    permutation = torch.randperm(len(x))
+    for i in range(0, len(x), 128):
+        batch = permutation[i : i + 128]
+        yield x[batch], y[batch]
+
+
+def loader_against_standard():
+    """1: images/s of train_loader over those of DataLoader, 2 workers, over torchvision.datasets.MNIST"""
+    standard = DataLoader(standard_dataset(), batch_size=128, shuffle=True, num_workers=2)
+    loader = datafile.get_loaders()[0]
+    ours, theirs = median_seconds(lambda: read(loader), lambda: read(standard))
+    return f"{theirs / len(standard.dataset) / (ours / len(loader.dataset)):.0f} x"
+
+
+def loader_against_bare_loop():
+    """2: images/s of train_loader over those of a bare loop that indexes the tensor"""
+    loader = datafile.get_loaders()[0]
+    ours, bare = median_seconds(
+        lambda: read(loader), lambda: read(bare_batches(*loader.dataset.tensors)), rounds=9
+    )
+    return f"{bare / ours:.2f} x"
+
+
+def epoch_against_bare_loop():
+    """3: time of an epoch of train.py over that of a bare loop of the same arithmetic"""
+    loader = datafile.get_loaders(device=DEVICE)[0]
+    model = models.Model_3().to(DEVICE)
+    average = copy.deepcopy(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=True)
+
+    def bare():
+        model.train()
+        for images, labels in bare_batches(*loader.dataset.tensors):
+            loss = cross_entropy(model(datafile.augment(images)), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            train.update_average(average, model, 0.01)
+        loss.item()
+
+    ours, bare = median_seconds(lambda: train.train_epoch(model, average, loader, optimizer, 1), bare)
+    return f"{ours / bare:.3f} x"
+
+
+def step_against_peak():
+    """4: FLOP/s of Model_3's training step over those of a 2,048 x 2,048 float32 matrix product"""
+    images, labels = next(iter(datafile.get_loaders(device=DEVICE)[0]))
+    model = models.Model_3().to(DEVICE)
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    matrix = torch.rand(2048, 2048, device=DEVICE)
+
+    def step():
+        loss = cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()
+
+    with FlopCounterMode(display=False) as counter:
+        step()
+    step_time, product_time = median_seconds(step, lambda: (matrix @ matrix)[0, 0].item(), rounds=50)
+    flops = counter.get_total_flops() / step_time
+    peak = 2 * 2048**3 / product_time
+    return f"{flops / peak:.0%} of {peak / 1e9:.0f} GFLOP/s"
+
+
+def python(*arguments, threads=None):
+    """Starts Python with these arguments, in a folder that is then deleted, and returns its peak memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        process = start(*arguments, folder=folder, threads=threads)
+        _, status, usage = os.wait4(process.pid, 0)
+        assert status == 0, arguments
+        return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def start(*arguments, folder, threads=None, **options):
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    command = [sys.executable, *map(str, arguments)]
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | options
+    return subprocess.Popen(command, cwd=folder, env=environment, **options)
+
+
+IMPORTS = "-c", "import torch, torchvision"
+
+
+def start_against_imports():
+    """5: time of `train.py --help` and time to the first training step, over `import torch, torchvision`"""
+    to_first_step = f"""
+import os, sys
+sys.path.insert(0, {str(ROOT)!r})
+import train
+train.train_epoch = lambda *arguments: os._exit(0)
+train.main()
+"""
+    imports, usage, first_step = median_seconds(
+        lambda: python(*IMPORTS),
+        lambda: python(ROOT / "train.py", "--help"),
+        lambda: python("-c", to_first_step),
+        rounds=5,
+    )
+    return f"{usage / imports:.2f} x, {first_step / imports:.2f} x"
+
+
+def memory_against_imports():
+    """6: peak memory of a run of Model_3 over that of `import torch, torchvision`"""
+    run = python(ROOT / "train.py", "--epochs", 1)
+    return f"+ {(run - python(*IMPORTS)) / 1e6:.0f} MB"
+
+
+def seconds_to_99_percent(seed):
+    """The time from the start of `python train.py` until it has printed a validation accuracy of 99 %."""
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        pipe = {"stdout": subprocess.PIPE, "text": True}
+        process = start(ROOT / "train.py", "--seed", seed, folder=folder, **pipe)
+        for line in process.stdout:
+            if line.startswith("Validation") and float(line.split()[-1][:-1]) >= 99:
+                seconds = time.perf_counter() - started
+                break
+        process.kill()
+        process.communicate()
+    return seconds
+
+
+def standard_seconds_to_99_percent():
+    """The same of the net and the recipe of pytorch/examples `mnist`, on the standard pipeline."""
+    started = time.perf_counter()
+    torch.manual_seed(0)
+    order = torch.randperm(60_000).tolist()
+    dataset = standard_dataset()
+    loader = DataLoader(Subset(dataset, order[5_000:]), batch_size=64, shuffle=True, num_workers=2)
+    validation = DataLoader(Subset(dataset, order[:5_000]), batch_size=1_000, num_workers=2)
+    convolutions = nn.Conv2d(1, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2)
+    head = nn.Flatten(), nn.Linear(9216, 128), nn.ReLU(), nn.Dropout(0.5), nn.Linear(128, 10)
+    model = nn.Sequential(*convolutions, nn.Dropout(0.25), *head).to(DEVICE)
+    optimizer = torch.optim.Adadelta(model.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.7)
+    accuracy = 0
+    while accuracy < 0.99:
+        model.train()
+        for images, labels in loader:
+            loss = cross_entropy(model(images.to(DEVICE)), labels.to(DEVICE))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        scheduler.step()
+        with torch.no_grad():
+            model.eval()
+            hits = [(model(x.to(DEVICE)).argmax(1).cpu() == y).sum() for x, y in validation]
+        accuracy = float(sum(hits)) / 5_000
+    return time.perf_counter() - started
+
+
+def time_to_99_percent():
+    """7: time until a validation accuracy of 99 %, Model_3, over that of pytorch/examples `mnist`"""
+    ours = statistics.median(seconds_to_99_percent(seed) for seed in range(3))
+    theirs = standard_seconds_to_99_percent()
+    return f"1/{theirs / ours:.0f}: {ours:.0f} s, {theirs:.0f} s"
+
+
+def two_at_once():
+    """8: two runs at once, one thread each, over the two one after the other with two threads"""
+
+    def together():
+        with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
+            runs = [
+                start(ROOT / "train.py", "--epochs", 1, folder=folder, threads=1) for folder in (one, two)
+            ]
+            assert not any(run.wait() for run in runs)
+
+    def one_after_the_other():
+        for _ in range(2):
+            python(ROOT / "train.py", "--epochs", 1, threads=2)
+
+    ours, theirs = median_seconds(together, one_after_the_other)
+    return f"{ours / theirs:.2f} x"
+
+
+ROWS = [
+    loader_against_standard,
+    loader_against_bare_loop,
+    epoch_against_bare_loop,
+    step_against_peak,
+    start_against_imports,
+    memory_against_imports,
+    time_to_99_percent,
+    two_at_once,
+]
 
 
 def main():
-    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
-    mnist = datasets.MNIST(datafile.DATA_DIR, transform=transform)
-    usual = DataLoader(mnist, batch_size=128, shuffle=True, num_workers=2)
-    ours = datafile.get_loaders()[0]
-    x, y = ours.dataset.tensors
-
-    def bare():
-        permutation = torch.randperm(len(x))
-        for i in range(0, len(x), 128):
-            batch = permutation[i : i + 128]
-            yield x[batch], y[batch]
-
-    print(f"torch {torch.__version__}, torchvision {torchvision.__version__}, {os.cpu_count()} CPU cores")
-    usual, ours, bare = (images_per_second(epoch) for epoch in (lambda: usual, lambda: ours, bare))
-    print(f"train_loader: {ours:,.0f} images/s")
-    print(f"against DataLoader with 2 workers over torchvision.datasets.MNIST: {ours / usual:.0f} x")
-    print(f"against a bare loop over the tensor: {ours / bare:.2f} x")
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+    print(f"{versions}, {DEVICE}, {os.cpu_count()} CPU cores")
+    chosen = [int(number) for number in sys.argv[1:]] or range(1, 1 + len(ROWS))
+    for row in chosen:
+        print(f"{ROWS[row - 1].__doc__}: {ROWS[row - 1]()}", flush=True)
 
 
 if __name__ == "__main__":

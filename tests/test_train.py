@@ -50,7 +50,7 @@ def test_a_small_run_prints_learns_and_saves_a_plain_state_dict(name, run, small
     images, labels = (tensor[:1_000] for tensor in datafile.get_loaders()[2].dataset.tensors)
     correct = model.eval()(images).argmax(1) == labels
     assert float(accuracy) == pytest.approx(100 * correct.float().mean().item(), abs=0.005)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [file]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [file, file.replace("best", "last")]
 
 
 def test_model_1_reaches_98_percent_in_its_two_epochs(run):
@@ -86,11 +86,11 @@ def test_all_trains_each_model_as_if_it_were_alone(run, small_data, tmp_path):
 
 
 def test_early_stopping_and_a_lowered_rate_are_announced(run, small_data):
-    """At a rate of 1e-7 the validation accuracy stands still from the first epoch on."""
-    options = "--model", "Model_1", "--lr", "1e-7", "--data-dir", small_data, "--device", "cpu"
+    """At a rate of 2e-8 the validation accuracy stands still from the first epoch on."""
+    options = "--model", "Model_1", "--lr", "2e-8", "--data-dir", small_data, "--device", "cpu"
     output = run(SMALL, *options, "--epochs", 6).stdout
     assert len(BLOCK.findall(output)) == 6
-    blocks_before = BLOCK.findall(output.split("Learning rate lowered to 1e-08\n")[0])
+    blocks_before = BLOCK.findall(output.split("Learning rate lowered to 2e-09\n")[0])
     assert len(blocks_before) == 5  # the first is the best, four are not better: one more than patience
     output = run(SMALL, *options, "--epochs", 6, "--early-stopping", 2).stdout
     assert len(BLOCK.findall(output)) == 3 and "\nStopped early: " in output
@@ -201,15 +201,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_best_model(run, s
     (tmp_path / "best_Model_1.pth").write_text("mine")
     process = run(SMALL, "--model", "Model_1", "--lr", "1e30", "--data-dir", small_data, check=False)
     assert process.returncode == 1
-    assert process.stderr.startswith("train.py: error: the loss became") and process.stderr.count("\n") == 1
+    assert re.fullmatch(
+        r"train.py: error: the loss became (nan|inf) in epoch 1, step 2, at a learning rate of 1e\+30: .*\n",
+        process.stderr,
+    )
     assert (tmp_path / "best_Model_1.pth").read_text() == "mine"
-
-
-def test_a_full_disk_is_one_sentence_and_spares_the_best_model(small_data, tmp_path):
-    (tmp_path / "best_Model_1.pth").write_text("mine")
-    command = f"ulimit -f 8; exec {sys.executable} {ROOT / SMALL} --model Model_1 --data-dir {small_data}"
-    process = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True)
-    assert process.returncode == 1
-    assert process.stderr.startswith("train.py: error: ") and process.stderr.count("\n") == 1
-    assert "best_Model_1.pth" in process.stderr
-    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("best_Model_1.pth", "mine")]
