@@ -185,7 +185,7 @@ def train(name, args):
         saved = checkpoint.read_state(last_path, expected)
         history, best = saved["history"], saved["best"]
         checkpoint.restore(saved, parts, generator, args.device, last_path)
-        checkpoint.save(best, best_path)  # a run killed before it saved its state has left a newer one
+        checkpoint.save(best, best_path)  # a run that was killed between its two files has left an older one
         args.saved = f"epoch {len(history)} is saved in {last_path}"
         print(f"{last_path} is {'finished' if finished() else 'resumed'} after epoch {len(history)}")
     elif args.resume:
@@ -208,8 +208,9 @@ def train(name, args):
             print(f"Learning rate lowered to {optimizer.param_groups[0]['lr']:g}")
         if best_epoch() == epoch:
             best = {key: value.cpu().clone() for key, value in average.state_dict().items()}
-            checkpoint.save(best, best_path, keep_old=epoch == 1)
-        checkpoint.save(state(), last_path)
+        checkpoint.save(state(), last_path, keep=best_path if epoch == 1 else None)
+        if best_epoch() == epoch:
+            checkpoint.save(best, best_path)
         args.saved = f"epoch {epoch} is saved in {last_path}"
     if len(history) < epochs:
         print(f"Stopped early: no better epoch in the last {args.early_stopping}")

@@ -21,10 +21,10 @@ def temporary_name(path):
     return path.with_name(f".{path.name}.tmp")
 
 
-def save(state, path, keep_old=False):
+def save(state, path, keep=None):
     """Writes what `torch.load` reads back; whatever stops it, `path` is the old file or the new one.
 
-    With `keep_old` a file that stands at `path` is renamed first, and a line says so.
+    A file that stands at `keep` is renamed just before, and a line says so.
 
     Raises:
         OSError: the file cannot be written.
@@ -37,11 +37,11 @@ def save(state, path, keep_old=False):
             file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        if keep_old and path.exists():
-            names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
+        if keep and keep.exists():
+            names = (keep.with_name(f"{keep.stem}.{number}{keep.suffix}") for number in itertools.count(1))
             kept = next(name for name in names if not name.exists())
-            path.rename(kept)
-            print(f"{path.name} of an earlier run is now {kept.name}")
+            keep.rename(kept)
+            print(f"{keep.name} of an earlier run is now {kept.name}")
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

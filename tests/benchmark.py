@@ -122,12 +122,19 @@ def step_against_peak():
 
 
 def python(*arguments, threads=None):
-    """Starts Python with these arguments, in a folder that is then deleted, and returns its peak memory."""
+    """Runs Python with these arguments, in a folder that is then deleted."""
     with tempfile.TemporaryDirectory() as folder:
-        process = start(*arguments, folder=folder, threads=threads)
-        _, status, usage = os.wait4(process.pid, 0)
-        assert status == 0, arguments
-        return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        assert start(*arguments, folder=folder, threads=threads).wait() == 0, arguments
+
+
+def peak_memory(*arguments):
+    """The bytes that Python took at most; asked by a small process, as a child inherits its parent's peak."""
+    ask = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=-3); "
+    ask += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    with tempfile.TemporaryDirectory() as folder:
+        pipe = {"stdout": subprocess.PIPE}
+        output, _ = start("-c", ask, sys.executable, *arguments, folder=folder, **pipe).communicate()
+    return int(output) * (1 if sys.platform == "darwin" else 1024)
 
 
 def start(*arguments, folder, threads=None, **options):
@@ -160,8 +167,8 @@ train.main()
 
 def memory_against_imports():
     """6: peak memory of a run of Model_3 over that of `import torch, torchvision`"""
-    run = python(ROOT / "train.py", "--epochs", 1)
-    return f"+ {(run - python(*IMPORTS)) / 1e6:.0f} MB"
+    run = peak_memory(ROOT / "train.py", "--epochs", 1)
+    return f"+ {(run - peak_memory(*IMPORTS)) / 1e6:.0f} MB"
 
 
 def seconds_to_99_percent(seed):

@@ -205,13 +205,13 @@ def test_a_failed_save_leaves_the_old_file_and_nothing_else(state, tmp_path, mon
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match=r"best\.pth could not be written \(No space left on device\)"):
-        checkpoint.save(state, path, keep_old=True)
+        checkpoint.save(state, path, keep=path)
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("best.pth", before)]
 
 
 def test_old_files_are_kept_under_the_first_free_number(tmp_path, capsys):
     for number in range(3):
-        checkpoint.save({"number": number}, tmp_path / "best.pth", keep_old=True)
+        checkpoint.save({"number": number}, tmp_path / "best.pth", keep=tmp_path / "best.pth")
     kept = {path.name: checkpoint.read(path)["number"] for path in tmp_path.iterdir()}
     assert kept == {"best.1.pth": 0, "best.2.pth": 1, "best.pth": 2}
     assert capsys.readouterr().out.splitlines()[1] == "best.pth of an earlier run is now best.2.pth"
