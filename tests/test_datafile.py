@@ -2,11 +2,14 @@ import functools
 import gzip
 import hashlib
 import shutil
+import struct
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
@@ -218,3 +221,66 @@ def test_augmented_images_keep_their_shape_their_background_and_their_seed(loade
     # Every image is moved on its own: equal images come out different.
     same = datafile.augment(images[:1].expand(8, -1, -1, -1))
     assert len({fingerprint.item() for fingerprint in fingerprints(same)}) == 8
+
+
+@pytest.fixture
+def few_images(tmp_path, monkeypatch):
+    """A folder with the first 200 training images, and the bytes of its two files by their names."""
+    raw_dir = datafile.DATA_DIR / "MNIST" / "raw"
+    contents = {}
+    for name, size in ("train-images-idx3-ubyte", 784), ("train-labels-idx1-ubyte", 1):
+        shape = (200, *datafile.SHAPES[name][1:])
+        monkeypatch.setitem(datafile.SHAPES, name, shape)
+        header = struct.pack(f">{1 + len(shape)}I", 0x0800 + len(shape), *shape)
+        content = (raw_dir / name).read_bytes()[4 + 4 * len(shape) :][: 200 * size]
+        contents[name] = header + content
+    return tmp_path, contents
+
+
+@st.composite
+def damage(draw, contents):
+    """One file's name and what stands in it instead of its bytes; never the same bytes."""
+    name, other = draw(st.permutations(sorted(contents)))
+    content = bytearray(contents[name])
+    kind = draw(st.sampled_from(["header", "label", "cut", "longer", "swapped", "gzip", "any"]))
+    if kind == "header":
+        content[draw(st.integers(0, 7 if "labels" in name else 15))] ^= draw(st.integers(1, 255))
+    elif kind == "label":
+        name = "train-labels-idx1-ubyte"
+        content = bytearray(contents[name])
+        content[draw(st.integers(8, len(content) - 1))] = draw(st.integers(10, 255))
+    elif kind == "cut":
+        content = content[: draw(st.integers(0, len(content) - 1))]
+    elif kind == "longer":
+        content += draw(st.binary(min_size=1, max_size=100))
+    elif kind == "swapped":
+        content = contents[other]
+    elif kind == "gzip":
+        content = gzip.compress(content)
+    else:
+        content = draw(st.binary(max_size=300))
+    return name, bytes(content)
+
+
+@settings(
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_a_damaged_file_is_refused_in_one_sentence_that_names_it(few_images, data):
+    folder, contents = few_images
+    name, content = data.draw(damage(contents))
+    for each, whole in contents.items():
+        (folder / each).write_bytes(content if each == name else whole)
+    with pytest.raises(ValueError) as caught:
+        datafile.read_split(folder, "train")
+    assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_few_images_are_read_where_nothing_is_damaged(few_images):
+    folder, contents = few_images
+    for each, whole in contents.items():
+        (folder / each).write_bytes(whole)
+    assert len(datafile.read_split(folder, "train")[0]) == 200
