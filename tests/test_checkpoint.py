@@ -189,6 +189,18 @@ def test_another_layout_is_refused_by_its_number(state, tmp_path):
         assert f"layout {layout}" in refusal(tmp_path / "other.pth", state)
 
 
+@pytest.mark.parametrize("layout", [*VALUES, torch.zeros(3, 4), "a\nb"], ids=repr)
+def test_a_layout_that_is_no_number_is_refused(state, tmp_path, layout):
+    checkpoint.save(state | {"layout": layout}, tmp_path / "other.pth")
+    assert refusal(tmp_path / "other.pth", state)
+
+
+@pytest.mark.parametrize("part, key", [("best", "a\nb"), ("flags", "a\nb"), ("flags", "model")])
+def test_names_from_the_file_do_not_break_the_line(state, tmp_path, part, key):
+    checkpoint.save(state | {part: state[part] | {key: "a\nb"}}, tmp_path / "other.pth")
+    assert refusal(tmp_path / "other.pth", state)
+
+
 @pytest.mark.parametrize("flag, value", [("model", "Model_1"), ("seed", 7), ("batch-size", 64), ("lr", 0.5)])
 def test_a_flag_that_contradicts_is_named_with_both_values(state, state_file, flag, value):
     sentence = refusal(state_file, state | {"flags": state["flags"] | {flag: value}})
