@@ -11,7 +11,7 @@ import struct
 from pathlib import Path
 
 import torch
-from torch.nn.functional import affine_grid, grid_sample
+from torch.nn.functional import grid_sample
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 from torchvision import datasets
 
@@ -47,6 +47,14 @@ class ShuffledIndices(Sampler):
 
     def __len__(self):
         return -(-self.n // self.batch_size)
+
+
+class Batches(TensorDataset):
+    """A `TensorDataset` that takes an index tensor for a whole batch, and copies its images row by row."""
+
+    def __getitem__(self, index):
+        # Half the time of tensor[index], which works out the place of each pixel.
+        return tuple(tensor.index_select(0, index) for tensor in self.tensors)
 
 
 def check_file(path, shape):
@@ -120,10 +128,14 @@ def augment(images):
     """
     limits = torch.tensor([math.radians(12), 0.12, 0.12, 0.15, 1 / 14, 1 / 14])  # half a side is 1
     draw = torch.rand(6, len(images), device=images.device) * 2 - 1
-    angle, width, height, slant, x, y = draw * limits.to(images.device)[:, None]
+    angle, width, height, slant, x, y = (draw * limits.to(images.device)[:, None])[:, :, None, None]
     cosine, sine, width, height = angle.cos(), angle.sin(), 1 + width, 1 + height
-    rows = [width * cosine, width * (slant - sine), x, height * sine, height * cosine, y]
-    grid = affine_grid(torch.stack(rows, 1).view(-1, 2, 3), images.shape, align_corners=False)
+    # Where each pixel comes from, the same bits as `affine_grid` in a tenth of its time on a CPU.
+    right = torch.linspace(-1, 1, 28, device=images.device) * 27 / 28
+    down = right[:, None]
+    x = width * cosine * right + width * (slant - sine) * down + x
+    y = height * sine * right + height * cosine * down + y
+    grid = torch.stack([x, y], 3)
     background = -MEAN / STD  # what comes in from outside the image
     return grid_sample(images - background, grid, align_corners=False) + background
 
@@ -161,7 +173,7 @@ def get_loaders(batch_size=128, validation_size=5_000, seed=0, device="cpu", dat
     order = torch.randperm(len(images), generator=generator)
     images, labels = normalize(images[order].to(device)), labels[order].to(device)
     n = len(images) - validation_size
-    training_set = TensorDataset(images[:n], labels[:n])
+    training_set = Batches(images[:n], labels[:n])
     validation_set = TensorDataset(images[n:], labels[n:])
     test_set = TensorDataset(normalize(test_images.to(device)), test_labels.to(device))
 
