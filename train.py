@@ -4,18 +4,23 @@
     python train.py --model Model_1 --seed 1
     python train.py --model all --output-dir runs
     python train.py --resume                         # go on where an interrupted run was
+    python train.py --runs 10                        # seeds 0 to 9: mean, spread and ensemble
+    torchrun --nproc-per-node=2 train.py --folds 5   # cross-validation, two folds at a time
 
-Read from top to bottom: the recipes, one epoch, the score, the loop, the interruptions, the flags.
+Read from top to bottom: the recipes, one epoch, the loop, many runs, the interruptions, the flags.
 """
 
 import argparse
 import contextlib
 import copy
+import datetime
+import functools
 import math
 import os
 import random
 import shlex
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -26,6 +31,7 @@ if __name__ == "__main__":  # before the imports that take a second: Ctrl-C ther
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
+from torch import distributed, optim
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchsummary import summary
@@ -33,24 +39,39 @@ from tqdm import tqdm
 
 import models
 from datafile import DATA_DIR, augment, get_loaders
-from models import checkpoint
+from evaluate import accuracy, predict
+from models import checkpoint, pictures
+from models.flags import default_device, device, number
+
+# Set by torchrun, where there is more than one worker.
+RANK, WORLD_SIZE, LOCAL_RANK = (
+    int(os.environ.get(name, default))
+    for name, default in [("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)]
+)
 
 
 class Recipe(NamedTuple):
     """What differs from one model's training to another's."""
 
     epochs: int
-    lr: float  # Adam's learning rate at the start
+    lr: dict  # each optimiser's learning rate at the start
 
 
 RECIPES = {
-    "Model_1": Recipe(epochs=2, lr=0.01),
-    "Model_2": Recipe(epochs=12, lr=0.005),
-    "Model_3": Recipe(epochs=15, lr=0.01),
+    "Model_1": Recipe(2, {"adam": 0.01, "adamw": 0.01, "nadam": 0.01, "radam": 0.01, "sgd": 0.03}),
+    "Model_2": Recipe(12, {"adam": 0.005, "adamw": 0.005, "nadam": 0.005, "radam": 0.01, "sgd": 0.03}),
+    "Model_3": Recipe(15, {"adam": 0.01, "adamw": 0.01, "nadam": 0.01, "radam": 0.01, "sgd": 0.1}),
+}
+OPTIMIZERS = {
+    "adam": functools.partial(optim.Adam, fused=True),
+    "adamw": functools.partial(optim.AdamW, fused=True),
+    "nadam": optim.NAdam,
+    "radam": optim.RAdam,
+    "sgd": functools.partial(optim.SGD, momentum=0.9, nesterov=True, fused=True),
 }
 
 
-def train_epoch(model, average, loader, optimizer, epoch):
+def train_epoch(model, average, loader, optimizer, epoch, augmented=True):
     """Takes one optimiser step a batch, the average of the weights following each.
 
     Returns:
@@ -66,9 +87,11 @@ def train_epoch(model, average, loader, optimizer, epoch):
     sums = torch.zeros(len(loader), 2, pin_memory=on_cuda)
     loss_sums, correct = sums.numpy().T
     seen = 0
-    with tqdm(loader, f"Epoch {epoch}", leave=False, disable=None) as bar:  # None: not without a terminal
+    with tqdm(
+        loader, f"Epoch {epoch}", leave=False, disable=RANK > 0 or None
+    ) as bar:  # None: not without a terminal
         for step, (images, labels) in enumerate(bar):
-            logits = model(augment(images))
+            logits = model(augment(images) if augmented else images)
             loss = cross_entropy(logits, labels)
             optimizer.zero_grad()
             loss.backward()
@@ -108,62 +131,51 @@ def update_average(average, model, weight):
             averaged.lerp_(value, weight)
 
 
-@torch.no_grad()
-def evaluate(model, loader):
-    """Returns the accuracy of the model in evaluation mode, a fraction."""
-    model.eval()
-    correct = sum((model(images).argmax(1) == labels).sum() for images, labels in loader)
-    return float(correct / len(loader.dataset))
-
-
-def state_after_a_step(optimizer):
-    """Returns the `state_dict` of a copy of the optimiser that has taken its first step."""
-    optimizer = copy.deepcopy(optimizer)
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    return optimizer.state_dict()
-
-
-def train(name, args):
+def train(name, args, seed, fold=None):
     """Trains the model of this name, saves its weights after the best epoch and prints what they score.
 
     The validation images choose the epoch, lower the learning rate and stop the training. The test
-    images are looked at once, when all that is decided.
+    images are looked at once, when all that is decided. With a fold, a number from 1, the validation
+    images are that part of the training images out of `args.folds`.
 
     Returns:
-        The saved weights' accuracies on the validation and on the test images, fractions.
+        The saved weights' accuracies on the validation and on the test images, fractions, and the
+        logits of the test images, float32 (10,000, 10).
     """
     started = time.perf_counter()
-    epochs, lr = args.epochs or RECIPES[name].epochs, args.lr or RECIPES[name].lr
-    best_path, last_path = (args.output_dir / f"{kind}_{name}.pth" for kind in ("best", "last"))
+    recipe = RECIPES[name]
+    epochs, lr = args.epochs or recipe.epochs, args.lr or recipe.lr[args.optimizer]
+    part = f"_fold{fold}" if fold else f"_seed{seed}" if args.runs else ""
+    best_path, last_path = (args.output_dir / f"{kind}_{name}{part}.pth" for kind in ("best", "last"))
     for path in best_path, last_path:
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder: move it away, this run saves a file there")
         checkpoint.temporary_name(path).unlink(missing_ok=True)
 
-    loaders = get_loaders(args.batch_size, seed=args.seed, device=args.device, data_dir=args.data_dir)
+    folds = (fold, args.folds) if fold else None
+    loaders = get_loaders(args.batch_size, seed=seed, device=args.device, data_dir=args.data_dir, fold=folds)
     train_loader, validation_loader, test_loader = loaders
-    torch.manual_seed(args.seed)
-    random.seed(args.seed)  # nothing here draws from it, but its state is saved
+    torch.manual_seed(seed)
+    random.seed(seed)  # nothing here draws from it, but its state is saved
     model = getattr(models, name)()
-    print(f"{name} on {args.device}, seed {args.seed}")
+    print(f"{name} on {args.device}, seed {seed}" + (f", fold {fold} of {args.folds}" if fold else ""))
     summary(copy.deepcopy(model).eval(), (1, 28, 28), device="cpu")
     sizes = [f"{len(loader.dataset):,}" for loader in loaders]
     print("Images: {} for training, {} for validation, {} for the test\n".format(*sizes))
 
     model.to(args.device)
     average = copy.deepcopy(model)
-    optimizer = torch.optim.Adam(model.parameters(), lr=lr, fused=True)
+    optimizer = OPTIMIZERS[args.optimizer](model.parameters(), lr=lr)
     scheduler = ReduceLROnPlateau(optimizer, mode="max", factor=0.1, patience=3)
     parts = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler}
-    flags = {"model": name, "seed": args.seed, "batch-size": args.batch_size, "lr": lr}
+    flags = {"model": name, "seed": seed, "folds": f"{fold} of {args.folds}" if fold else "none"}
+    flags |= {"batch-size": args.batch_size, "optimizer": args.optimizer, "lr": lr, "augment": args.augment}
     generator = train_loader.sampler.generator
-    history, best = [], {}  # rows of training loss, training accuracy, validation accuracy, learning rate
+    # A row an epoch: learning rate, loss and accuracy in training, loss and accuracy on validation images.
+    history, best = [], {}
 
     def best_epoch():
-        accuracies = [row[2] for row in history]
+        accuracies = [row[-1] for row in history]
         return accuracies.index(max(accuracies)) + 1
 
     def finished():
@@ -181,7 +193,10 @@ def train(name, args):
         }
 
     if args.resume and last_path.exists():
-        expected = state() | {"best": model.state_dict(), "optimizer": state_after_a_step(optimizer)}
+        expected = state() | {
+            "best": model.state_dict(),
+            "optimizer": checkpoint.state_after_a_step(optimizer),
+        }
         saved = checkpoint.read_state(last_path, expected)
         history, best = saved["history"], saved["best"]
         checkpoint.restore(saved, parts, generator, args.device, last_path)
@@ -193,17 +208,18 @@ def train(name, args):
 
     while not finished():
         epoch = len(history) + 1
-        loss, training_accuracy = train_epoch(model, average, train_loader, optimizer, epoch)
-        accuracy = evaluate(average, validation_loader)
+        loss, training_accuracy = train_epoch(model, average, train_loader, optimizer, epoch, args.augment)
+        logits, labels = predict(average, validation_loader)
+        validation_loss, validation_accuracy = cross_entropy(logits, labels).item(), accuracy(logits, labels)
         print(f"Epoch: {epoch}/{epochs}")
         print(f"Training Loss: {loss:.3f}")
         print(f"Training Accuracy: {training_accuracy:.2%}")
-        print(f"Validation Accuracy: {accuracy:.2%}")
+        print(f"Validation Accuracy: {validation_accuracy:.2%}")
         print("-" * 50)
 
         lr = optimizer.param_groups[0]["lr"]
-        history.append((loss, training_accuracy, accuracy, lr))
-        scheduler.step(accuracy)
+        history.append((lr, loss, training_accuracy, validation_loss, validation_accuracy))
+        scheduler.step(validation_accuracy)
         if optimizer.param_groups[0]["lr"] < lr:
             print(f"Learning rate lowered to {optimizer.param_groups[0]['lr']:g}")
         if best_epoch() == epoch:
@@ -216,65 +232,63 @@ def train(name, args):
         print(f"Stopped early: no better epoch in the last {args.early_stopping}")
 
     average.load_state_dict(best)
-    test_accuracy = evaluate(average, test_loader)
-    print(f"Test Accuracy: {test_accuracy:.2%} (epoch {best_epoch()}, {best_path.name})")
+    logits, labels = predict(average, test_loader)
+    print(f"Test Accuracy: {accuracy(logits, labels):.2%} (epoch {best_epoch()}, {best_path.name})")
+    if args.plot:
+        print(f"See {pictures.curves(history, best_epoch(), args.plot / f'curves_{name}{part}.png')}")
     print(f"Time: {time.perf_counter() - started:.0f} s")
-    return history[best_epoch() - 1][2], test_accuracy
+    return history[best_epoch() - 1][-1], accuracy(logits, labels), logits.cpu(), labels.cpu()
 
 
-def positive_int(text):
-    """A flag's value: a whole number from 1."""
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return value
+def train_many(name, args):
+    """Trains the `args.runs` or `args.folds` of a model; prints how they vary and what they score together.
 
+    Under torchrun each worker trains its share, and the first one prints.
+    """
+    if args.folds:
+        runs = {f"fold {fold}": (args.seed, fold) for fold in range(1, args.folds + 1)}
+    else:
+        runs = {f"seed {seed}": (seed,) for seed in range(args.seed, args.seed + args.runs)}
+    shares = [None] * WORLD_SIZE
+    shares[RANK] = {run: train(name, args, *runs[run]) for run in list(runs)[RANK::WORLD_SIZE]}
+    if WORLD_SIZE > 1:
+        distributed.all_gather_object(shares, shares[RANK])
+    results = {run: shares[index % WORLD_SIZE][run] for index, run in enumerate(runs)}
 
-def learning_rate(text):
-    """A flag's value: a finite number over 0."""
-    if not 0 < (value := float(text)) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive, finite number")
-    return value
-
-
-def seed(text):
-    """A flag's value: a whole number from 0 that fits in 63 bits."""
-    if not 0 <= (value := int(text)) < 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to 2**63 - 1")
-    return value
-
-
-def device(text):
-    """A flag's value: the `torch.device` of this name, tried out."""
-    try:
-        torch.zeros(1, device=text).item()  # fails where there is no such device, or it holds no data
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"there is no device '{text}' here ({reason})") from error
-    return torch.device(text)
-
-
-def default_device():
-    """The fastest kind of device that is there."""
-    mps = "mps" if torch.backends.mps.is_available() else "cpu"
-    return "cuda" if torch.cuda.is_available() else mps
+    validations, tests, logits, labels = zip(*results.values(), strict=True)
+    print(f"\n{name:12}{'Validation':18}Test")
+    for run, validation, test in zip(results, validations, tests, strict=True):
+        print(f"{run:12}{validation:<18.2%}{test:.2%}")
+    spreads = [f"{statistics.mean(x):.2%} ± {statistics.stdev(x):.2%}" for x in (validations, tests)]
+    print(f"{'mean ± sd':12}{spreads[0]:18}{spreads[1]}")
+    print(f"{'lowest':12}{min(validations):<18.2%}{min(tests):.2%}")
+    print(f"{'ensemble':30}{accuracy(torch.stack(logits).softmax(2).mean(0), labels[0]):.2%}")
 
 
 def parse_args(arguments=None):
     """Parses these arguments, or the command line's; prints usage and exits with status 2 on a mistake."""
-
-    def per_model(field):
-        return ", ".join(f"{name} {getattr(recipe, field):g}" for name, recipe in RECIPES.items())
+    rates = ", ".join(f"{name} {recipe.lr['adam']:g}" for name, recipe in RECIPES.items())
+    epochs = ", ".join(f"{name} {recipe.epochs}" for name, recipe in RECIPES.items())
+    positive = number(int, 1)
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--model", choices=[*RECIPES, "all"], default="Model_3", help="default: %(default)s")
-    add("--epochs", type=positive_int, metavar="N", help=f"default: {per_model('epochs')}")
-    add("--batch-size", type=positive_int, default=128, metavar="N", help="default: %(default)s")
-    add("--lr", type=learning_rate, metavar="RATE", help=f"Adam's at the start; default: {per_model('lr')}")
-    add("--seed", type=seed, default=0, metavar="N", help="of split, weights, order; default: %(default)s")
+    add("--epochs", type=positive, metavar="N", help=f"default: {epochs}")
+    add("--batch-size", type=positive, default=128, metavar="N", help="default: %(default)s")
+    add("--optimizer", choices=OPTIMIZERS, default="adam", help="default: %(default)s")
+    add("--lr", type=number(float, 1e-12), metavar="RATE", help=f"at the start; adam's default: {rates}")
+    add("--augment", action=argparse.BooleanOptionalAction, default=True, help="deform training images")
+    add("--seed", type=number(int, 0, 2**62), default=0, metavar="N", help="of split, weights, order")
     add("--device", type=device, default=default_device(), help="default: cuda, else mps, else cpu")
-    add("--early-stopping", type=positive_int, metavar="N", help="stop N epochs after the best; default: off")
+    add("--early-stopping", type=positive, metavar="N", help="stop N epochs after the best; default: off")
+    many = parser.add_mutually_exclusive_group()
+    many.add_argument(
+        "--runs", type=number(int, 2, 1_000), metavar="N", help="train with N seeds, from --seed"
+    )
+    many.add_argument("--folds", type=number(int, 2, 1_000), metavar="K", help="cross-validate with K folds")
     add("--resume", action="store_true", help="go on where last_<model>.pth in the output folder ends")
+    add("--plot", type=Path, metavar="DIR", help="for a picture of loss and accuracy; needs matplotlib")
     add("--data-dir", type=Path, default=DATA_DIR, metavar="DIR", help="has MNIST/raw; default: %(default)s")
     add("--output-dir", type=Path, default=Path(), metavar="DIR", help="for the models; default: this one")
     return parser.parse_args(arguments)
@@ -292,6 +306,7 @@ def stop_at_signals(args):
             sys.stdout.flush()
         clear = "\r\033[K" if sys.stderr.isatty() else ""  # the bar
         command = shlex.join(["python", *sys.argv] + ["--resume"] * (not args.resume))
+        command = command if WORLD_SIZE == 1 else "the same command and --resume"
         message = f"{clear}{signal.Signals(number).name}: {args.saved}; go on with: {command}\n"
         with contextlib.suppress(OSError):
             os.write(2, message.encode())
@@ -309,14 +324,29 @@ def main():
     stop_at_signals(args)
     sys.stdout.reconfigure(line_buffering=True)  # whoever follows a log sees each line at once
     names = list(RECIPES) if args.model == "all" else [args.model]
+    if WORLD_SIZE > 1:
+        if not (args.runs or args.folds):  # a batch of 128 images is too little work to share
+            sys.exit("train.py: error: several workers need --runs or --folds: they do not share one run")
+        distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+        if args.device.type == "cuda" and args.device.index is None:
+            args.device = torch.device("cuda", LOCAL_RANK % torch.cuda.device_count())
+    if RANK:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     try:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=args.output_dir):  # better found out now than after an epoch
-            pass
-        checkpoint.lock(args.output_dir)
+        for folder in filter(None, (args.output_dir, args.plot)):
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):  # better found out now than after an epoch
+                pass
+        if args.plot:
+            pictures.check_matplotlib()
+        if LOCAL_RANK == 0:
+            checkpoint.lock(args.output_dir)
         for name in names:
-            train(name, args)
-    except (OSError, ValueError, FloatingPointError) as error:
+            if args.runs or args.folds:
+                train_many(name, args)
+            else:
+                train(name, args, args.seed)
+    except (OSError, ValueError, FloatingPointError, ImportError) as error:
         sys.exit(f"train.py: error: {error}")
     except RuntimeError as error:
         if "memory" not in str(error):

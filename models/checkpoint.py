@@ -1,5 +1,6 @@
 """Files of weights and of training states: written whole or not at all, read without running code."""
 
+import copy
 import io
 import itertools
 import os
@@ -8,12 +9,14 @@ import zipfile
 
 import torch
 
+import models
+
 try:
     import fcntl
 except ImportError:  # Windows, where nothing keeps two runs out of one folder
     fcntl = None
 
-LAYOUT = 1  # of a training state; to be raised when it changes
+LAYOUT = 2  # of a training state; to be raised when it changes
 
 
 def temporary_name(path):
@@ -67,6 +70,29 @@ def read(path):
         raise
     except Exception as error:  # there is no end to what a damaged file can raise
         raise ValueError(f"{path} is damaged, or is no checkpoint of tensors and numbers alone") from error
+
+
+def load(path):
+    """Returns the model, in evaluation mode, whose weights are in the file; names and shapes tell which.
+
+    Raises:
+        ValueError: the file is damaged, or holds the weights of none of the models.
+        OSError: the file cannot be read.
+    """
+
+    def shapes(state):
+        return {name: value.shape for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+    state = read(path)
+    if isinstance(state, dict) and "layout" in state:
+        raise ValueError(f"{path} is the state of a training run: its best model is in the file best_...")
+    for name in models.__all__:
+        model = getattr(models, name)()
+        if isinstance(state, dict) and shapes(state) == shapes(model.state_dict()):
+            check(state, model.state_dict(), f"{path}:")
+            model.load_state_dict(state)
+            return model.eval()
+    raise ValueError(f"{path} does not have the weights of {', '.join(models.__all__)}")
 
 
 def check(found, expected, where):
@@ -123,8 +149,18 @@ def read_state(path, expected):
     history = saved.get("history")
     if not isinstance(history, list) or not history:
         raise ValueError(f"{path}: 'history' has no epoch")
-    check(saved, expected | {"history": [(0.0,) * 4] * len(history)}, f"{path}:")
+    check(saved, expected | {"history": [(0.0,) * 5] * len(history)}, f"{path}:")
     return saved
+
+
+def state_after_a_step(optimizer):
+    """Returns the `state_dict` of a copy of the optimiser that has taken its first step."""
+    optimizer = copy.deepcopy(optimizer)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    return optimizer.state_dict()
 
 
 def random_states(generator, device):

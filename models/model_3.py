@@ -40,9 +40,12 @@ class SymmetricConv2d(nn.Module):
                 view = view.rot90(1, (-2, -1)).roll(1, 3)
         self.register_buffer("index", torch.stack(views, 1).flatten(2, 4).flatten(0, 1), persistent=False)
 
+    def kernels(self):
+        """Returns the filters in all poses, float32 (8 * filters, poses * in_filters, size, size)."""
+        return self.weight.flatten()[self.index]
+
     def forward(self, images):
-        kernels = self.weight.flatten()[self.index]
-        output = F.conv2d(images, kernels, None, self.stride, self.padding, groups=self.groups)
+        output = F.conv2d(images, self.kernels(), None, self.stride, self.padding, groups=self.groups)
         return output.contiguous(memory_format=torch.channels_last)  # a third faster on a CPU
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import datafile
+import evaluate
 import models
 import train
 from conftest import ROOT
@@ -16,7 +17,16 @@ def test_every_flag_is_in_the_table_and_no_other(capsys):
     with pytest.raises(SystemExit):
         train.parse_args(["--help"])
     flags = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"}
-    assert set(re.findall(r"^\| `(--[a-z-]+)", README, re.MULTILINE)) == flags
+    cells = re.findall(r"^\| (`--.*?) \|", README, re.MULTILINE)
+    assert set(re.findall(r"--[a-z-]+", " ".join(cells))) == flags
+
+
+def test_each_flag_of_evaluate_is_shown(capsys):
+    with pytest.raises(SystemExit):
+        evaluate.parse_args(["--help"])
+    flags = set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"}
+    section = README.split("\n## Using a saved model\n")[1].split("\n## ")[0]
+    assert all(flag in section for flag in flags)
 
 
 @pytest.mark.parametrize("name", train.RECIPES)

@@ -26,7 +26,7 @@ BLOCK = re.compile(
     re.MULTILINE,
 )
 TEST_LINE = re.compile(
-    r"^Test Accuracy: (\d+\.\d{2})% \(epoch (\d+), (best_Model_[123]\.pth)\)\nTime: \d+ s\n", re.M
+    r"^Test Accuracy: (\d+\.\d{2})% \(epoch (\d+), (best_Model_[123]\w*\.pth)\)\nTime: \d+ s\n", re.M
 )
 
 
