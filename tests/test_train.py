@@ -142,6 +142,24 @@ def test_an_epoch_never_waits_for_the_device():
     assert counts[0] == counts[1] <= 2  # the epoch's loss and accuracy, at its end
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_cuda_no_step_waits_for_the_device():
+    class Watched(list):
+        """A loader during whose epoch each wait for the device is an error; at the epoch's end it is none."""
+
+        def __iter__(self):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                yield from super().__iter__()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+
+    model = models.Model_3().cuda()
+    optimizer = torch.optim.Adam(model.parameters(), fused=True)
+    images, labels = torch.randn(64, 1, 28, 28).cuda(), (torch.arange(64) % 10).cuda()
+    train.train_epoch(model, copy.deepcopy(model), Watched([(images, labels)] * 5), optimizer, 1)
+
+
 MISTAKES = [
     (["--epochs", "0"], 2, "--epochs"),
     (["--epochs", "two"], 2, "--epochs"),
