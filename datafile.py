@@ -246,8 +246,14 @@ def read_picture(path):
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(path)
-            image.thumbnail((1024, 1024))
+            image.draft(None, (1024, 1024))  # a JPEG is decoded no larger than that takes
             image = ImageOps.exif_transpose(image)
+            if image.mode[0] in "IF":  # more than 8 bits a pixel
+                low, high = image.getextrema()
+                scale = 255 / max(high - low, 1e-9)
+                image = image.convert("F").point(lambda value: value * scale - low * scale).convert("L")
+            image = image.convert("RGBA")
+            image.thumbnail((1024, 1024))
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is too large: it has over {Image.MAX_IMAGE_PIXELS:,} pixels") from error
     except OSError as error:
@@ -256,11 +262,6 @@ def read_picture(path):
         raise ValueError(f"{path} is not a picture that can be read") from error
     except Exception as error:  # there is no end to what a damaged file can raise
         raise ValueError(f"{path} is not a picture that can be read") from error
-    if image.mode[0] in "IF":  # more than 8 bits a pixel
-        low, high = image.getextrema()
-        scale = 255 / max(high - low, 1e-9)
-        image = image.convert("F").point(lambda value: value * scale - low * scale).convert("L")
-    image = image.convert("RGBA")
     *channels, alpha = image.split()
     colour = Image.merge("RGB", channels)
     if alpha.getextrema()[0] < 255:

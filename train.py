@@ -341,6 +341,8 @@ def main():
             pictures.check_matplotlib()
         if LOCAL_RANK == 0:
             checkpoint.lock(args.output_dir)
+        if WORLD_SIZE > 1:
+            distributed.barrier()  # nobody begins before the folder is locked
         for name in names:
             if args.runs or args.folds:
                 train_many(name, args)
@@ -349,6 +351,8 @@ def main():
     except (OSError, ValueError, FloatingPointError, ImportError) as error:
         sys.exit(f"train.py: error: {error}")
     except RuntimeError as error:
+        if "gloo" in str(error):
+            sys.exit("train.py: error: another worker has stopped; go on with the same command and --resume")
         if "memory" not in str(error):
             raise
         sys.exit(f"train.py: error: {args.device} has too little memory: try a smaller --batch-size")

@@ -105,10 +105,11 @@ def test_a_drawing_takes_the_form_of_mnist(tmp_path):
         "faint.png": seven(ink=200, paper=230),
         "small.png": seven(30),
         "large.png": seven(1500),
-        "black_and_white.png": seven(mode="1"),
+        "black_and_white.png": seven(1500, mode="1"),
         "palette.gif": seven(mode="P"),
         "print.jpg": seven(mode="CMYK"),
-        "sixteen_bits.png": seven(mode="I").point(lambda value: value * 200 + 1000).convert("I;16"),
+        "video.tif": seven(mode="YCbCr"),
+        "sixteen_bits.png": seven(1500, mode="I").point(lambda value: value * 200 + 1000).convert("I;16"),
     }.items():
         picture.save(tmp_path / name)
         image = datafile.read_drawing(tmp_path / name)
@@ -121,6 +122,20 @@ def test_a_drawing_takes_the_form_of_mnist(tmp_path):
         for dimension in 0, 1:
             centre = float((ink.sum(dimension) * place).sum() / ink.sum())
             assert centre == pytest.approx(13.5, abs=0.6), name
+
+
+def test_a_picture_without_a_digit_is_empty(tmp_path):
+    for picture in [
+        Image.new("L", (1, 1)),
+        Image.new("L", (1, 3_000)),
+        Image.new("LAB", (20, 20)),
+        Image.new("RGBA", (50, 50)),
+        Image.effect_noise((300, 300), 60),
+        Image.linear_gradient("L"),
+    ]:
+        picture.save(tmp_path / "nothing.tif")
+        with pytest.raises(ValueError, match="is empty"):
+            datafile.read_drawing(tmp_path / "nothing.tif")
 
 
 def test_transparent_paper_is_no_ink(tmp_path):
