@@ -223,13 +223,22 @@ def time_to_99_percent():
     return f"1/{theirs / ours:.0f}: {ours:.0f} s, {theirs:.0f} s"
 
 
+ONE_EPOCH = ROOT / "train.py", "--epochs", 1
+
+
 def two_at_once():
     """8: two runs at once, one thread each, over the two one after the other with two threads"""
-    arguments = ROOT / "train.py", "--runs", 2, "--epochs", 1
-    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
-    ours, theirs = median_seconds(
-        lambda: python(*torchrun, *arguments), lambda: python(*arguments, threads=2)
-    )
+
+    def together():
+        with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
+            runs = [start(*ONE_EPOCH, folder=folder, threads=1) for folder in (one, two)]
+            assert not any(run.wait() for run in runs)
+
+    def one_after_the_other():
+        for _ in range(2):
+            python(*ONE_EPOCH, threads=2)
+
+    ours, theirs = median_seconds(together, one_after_the_other)
     return f"{ours / theirs:.2f} x"
 
 
@@ -275,6 +284,15 @@ def optimizers_to_99_percent():
     return ", ".join(f"{name} {statistics.mean(seconds):.0f} s" for name, seconds in times.items())
 
 
+def workers_against_one():
+    """11: `torchrun --nproc-per-node=2 train.py --runs 2` over `python train.py --runs 2`, an epoch each"""
+    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
+    ours, theirs = median_seconds(
+        lambda: python(*torchrun, *ONE_EPOCH, "--runs", 2), lambda: python(*ONE_EPOCH, "--runs", 2, threads=2)
+    )
+    return f"{ours / theirs:.2f} x"
+
+
 ROWS = [
     loader_against_standard,
     loader_against_bare_loop,
@@ -286,6 +304,7 @@ ROWS = [
     two_at_once,
     shared_batch,
     optimizers_to_99_percent,
+    workers_against_one,
 ]
 
 
