@@ -1,18 +1,12 @@
-"""What one ingredient of Model_3's recipe is worth: trains without it, on all of MNIST.
+"""What one ingredient of Model_3's recipe is worth: train.py without it.
 
-    python tests/ablation.py pose               # seeds 0 to 4, about two minutes each
-    python tests/ablation.py nothing 0 1 2      # the recipe as it is, seeds 0 to 2
+    python tests/ablation.py pose --runs 5 --output-dir without_pose
+    torchrun --nproc-per-node=2 tests/ablation.py symmetry --runs 5 --output-dir without_symmetry
 
-Prints the validation and test accuracies of each seed, then their mean and standard deviation.
+The first argument says what to leave out; the others are train.py's.
 """
 
-import argparse
-import contextlib
-import io
-import math
-import statistics
 import sys
-import tempfile
 from pathlib import Path
 
 from torch import nn
@@ -43,20 +37,12 @@ def plain_filters():
     return nn.Sequential(*layers)
 
 
-def nothing():
-    """Leaves the recipe as it is."""
-
-
 def pose():
     model_3.Upright = Background
 
 
 def symmetry():
     models.Model_3 = plain_filters
-
-
-def augmentation():
-    train.augment = lambda images: images
 
 
 def averaging():
@@ -73,27 +59,10 @@ def plateau():
     train.ReduceLROnPlateau = lambda optimizer, **options: scheduler(optimizer, **options | {"patience": 99})
 
 
-VARIANTS = {f.__name__: f for f in (nothing, pose, symmetry, augmentation, averaging, dropout, plateau)}
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("without", choices=VARIANTS, help="the ingredient to leave out")
-    parser.add_argument("seeds", type=int, nargs="*", default=range(5), help="default: 0 1 2 3 4")
-    options = parser.parse_args()
-    VARIANTS[options.without]()
-    scores = []
-    with tempfile.TemporaryDirectory() as folder:
-        for seed in options.seeds:
-            arguments = train.parse_args(["--seed", str(seed), "--output-dir", folder])
-            with contextlib.redirect_stdout(io.StringIO()):
-                scores.append(train.train("Model_3", arguments))
-            validation, test = scores[-1]
-            print(f"without {options.without}, seed {seed}: {validation:.2%} validation, {test:.2%} test")
-    for name, values in zip(("validation", "test"), zip(*scores, strict=True), strict=True):
-        spread = statistics.stdev(values) if len(values) > 1 else math.nan
-        print(f"{name}: {statistics.mean(values):.2%} +- {spread:.2%}, minimum {min(values):.2%}")
-
+VARIANTS = {function.__name__: function for function in (pose, symmetry, averaging, dropout, plateau)}
 
 if __name__ == "__main__":
-    main()
+    if len(sys.argv) < 2 or sys.argv[1] not in VARIANTS:
+        sys.exit(f"ablation.py: error: say what to leave out: {', '.join(VARIANTS)}")
+    VARIANTS[sys.argv.pop(1)]()
+    train.main()
