@@ -77,7 +77,11 @@ def evaluate(paths, args):
 
 
 def read(paths, args):
-    """Prints which digit the models see in each picture; returns how many pictures could not be read."""
+    """Prints which digit the models see in each picture, and with --plot draws what the first 64 became.
+
+    Returns:
+        How many pictures could not be read.
+    """
     models = [checkpoint.load(path).to(args.device) for path in paths]
     files = []
     for path in args.images:
@@ -97,7 +101,7 @@ def read(paths, args):
         rows.append(f"{guess} ({first:.0%})")
         seen.append(digit)
     if args.plot and seen:
-        print(f"See {pictures.grid(torch.stack(seen), rows, args.plot / 'seen.png')}")
+        print(f"See {pictures.grid(torch.stack(seen[:64]), rows, args.plot / 'seen.png')}")
     return len(files) - len(seen)
 
 

@@ -53,7 +53,7 @@ def curves(history, best_epoch, path):
         axis.set(title=title, xlabel="Epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
-    axes[0].legend()
+    axes[1].legend(loc="lower right", framealpha=1)
     return save(drawing, path)
 
 
