@@ -221,7 +221,7 @@ def test_pasting_twice_makes_everything_once_and_keeps_the_key(terminal):
     assert list(terminal.ssh.iterdir()) == []
 
 
-@pytest.mark.parametrize("last", [2, 3, 4, 5])
+@pytest.mark.parametrize("last", [2, 3])  # block 4 makes nothing, and 5 is tried above
 def test_after_any_block_the_last_one_leaves_nothing(terminal, last):
     terminal.paste(*range(1, last + 1))
     assert len(terminal.what_is_there()[0]) == 1
