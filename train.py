@@ -206,6 +206,9 @@ def train(name, args, seed, fold=None):
     elif args.resume:
         print(f"There is no {last_path} to resume: starting from the beginning")
 
+    # Freed at once; from then on glibc keeps a step's memory for the next one. The system would have to
+    # clear it again, which takes up to half of a step.
+    torch.empty(33_000_000, dtype=torch.uint8)
     while not finished():
         epoch = len(history) + 1
         loss, training_accuracy = train_epoch(model, average, train_loader, optimizer, epoch, args.augment)
