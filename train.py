@@ -131,6 +131,15 @@ def update_average(average, model, weight):
             averaged.lerp_(value, weight)
 
 
+def keep_memory():
+    """Has glibc, where there is one, keep the memory of a step for the next one.
+
+    It would give it back to the system, which clears it before it is used again: up to half of a step
+    on a CPU. It keeps what is smaller than the largest tensor, up to 32 MiB, that was freed before.
+    """
+    torch.empty(33_000_000, dtype=torch.uint8)
+
+
 def train(name, args, seed, fold=None):
     """Trains the model of this name, saves its weights after the best epoch and prints what they score.
 
@@ -206,9 +215,7 @@ def train(name, args, seed, fold=None):
     elif args.resume:
         print(f"There is no {last_path} to resume: starting from the beginning")
 
-    # Freed at once; from then on glibc keeps a step's memory for the next one. The system would have to
-    # clear it again, which takes up to half of a step.
-    torch.empty(33_000_000, dtype=torch.uint8)
+    keep_memory()
     while not finished():
         epoch = len(history) + 1
         loss, training_accuracy = train_epoch(model, average, train_loader, optimizer, epoch, args.augment)
