@@ -65,7 +65,7 @@ class Model_3(nn.Sequential):
             nn.ReLU(),
             SymmetricConv2d(2, 3, 3, padding=1),  # 24 x 14 x 14; 432
             nn.BatchNorm2d(24),  # 48
-            nn.MaxPool2d(2),  # 24 x 7 x 7; before ReLU, which leaves that a quarter of the work
+            nn.MaxPool2d(2),  # 24 x 7 x 7; before ReLU, to leave it a quarter of the work
             nn.ReLU(),
             SymmetricConv2d(3, 4, 3, padding=1),  # 32 x 7 x 7; 864
             nn.BatchNorm2d(32),  # 64

@@ -1,6 +1,6 @@
 """What this project costs, in ratios to what it could cost: the figures of README.md's speed table.
 
-    python tests/benchmark.py          # all rows, about 20 minutes, nothing else running
+    python tests/benchmark.py          # all rows, about 25 minutes, nothing else running
     python tests/benchmark.py 1 2 4    # these rows
 
 Both sides of a ratio are measured in turn, after a first round that is not counted; a figure is the
