@@ -15,11 +15,12 @@ class SymmetricConv2d(nn.Module):
     "Group equivariant convolutional networks", ICML 2016.
 
     Takes float32 (N, poses * in_filters, H, W), returns float32 (N, 8 * filters, H', W'); the poses
-    of a filter are neighbours.
+    of a filter are neighbours. With `groups`, as many as the input has channels, each channel meets
+    filters of its own, in its own pose, and their outputs are neighbours.
 
     Args:
         in_filters: number of the input's filters; 1 for plain images and for `groups` over 1.
-        filters: number of learned filters.
+        filters: number of learned filters; with `groups` a multiple of groups / 8.
         kernel_size, stride, padding, groups: as those of `nn.Conv2d`.
         poses: poses of the input's filters: 8, or 1 for plain images and for `groups` over 1.
     """
@@ -38,7 +39,9 @@ class SymmetricConv2d(nn.Module):
             for _ in range(4):
                 views.append(view)
                 view = view.rot90(1, (-2, -1)).roll(1, 3)
-        self.register_buffer("index", torch.stack(views, 1).flatten(2, 4).flatten(0, 1), persistent=False)
+        index = torch.stack(views, 1).flatten(2, 4).flatten(0, 1)
+        index = index.unflatten(0, (-1, groups)).transpose(0, 1).flatten(0, 1)  # each group's together
+        self.register_buffer("index", index, persistent=False)
 
     def kernels(self):
         """Returns the filters in all poses, float32 (8 * filters, poses * in_filters, size, size)."""
@@ -54,7 +57,7 @@ class Model_3(nn.Sequential):
 
     Takes normalised images, float32 (N, 1, 28, 28), and returns logits, float32 (N, 10).
     Batch normalisation: S. Ioffe, C. Szegedy, "Batch normalization", ICML 2015. Layer normalisation:
-    J. L. Ba et al., arXiv:1607.06450. PReLU: K. He et al., "Delving deep into rectifiers", ICCV 2015.
+    J. L. Ba et al., arXiv:1607.06450.
     """
 
     def __init__(self):
@@ -63,11 +66,11 @@ class Model_3(nn.Sequential):
             SymmetricConv2d(1, 2, 5, stride=2, padding=2, poses=1),  # 16 x 14 x 14; 50
             nn.BatchNorm2d(16),  # 32
             nn.ReLU(),
-            SymmetricConv2d(2, 3, 3, padding=1),  # 24 x 14 x 14; 432
-            nn.BatchNorm2d(24),  # 48
-            nn.MaxPool2d(2),  # 24 x 7 x 7; before ReLU, to leave it a quarter of the work
+            SymmetricConv2d(2, 2, 3, padding=1),  # 16 x 14 x 14; 288
+            nn.MaxPool2d(2),  # 16 x 7 x 7; at once, to leave what follows a quarter of the work
+            nn.BatchNorm2d(16),  # 32
             nn.ReLU(),
-            SymmetricConv2d(3, 4, 3, padding=1),  # 32 x 7 x 7; 864
+            SymmetricConv2d(2, 4, 3, padding=1),  # 32 x 7 x 7; 576
             nn.BatchNorm2d(32),  # 64
             nn.ReLU(),
             SymmetricConv2d(4, 4, 3, padding=1),  # 32 x 7 x 7; 1,152
@@ -76,12 +79,10 @@ class Model_3(nn.Sequential):
             SymmetricConv2d(4, 4, 3, padding=1),  # 32 x 7 x 7; 1,152
             nn.BatchNorm2d(32),  # 64
             nn.ReLU(),
-            SymmetricConv2d(1, 4, 7, groups=32, poses=1),  # 32 x 1 x 1; 196: where each feature belongs
-            nn.Flatten(),  # 32
-            nn.LayerNorm(32),  # 64
-            nn.Unflatten(1, (4, 8)),  # filters x poses
-            nn.PReLU(4),  # 4: one slope a filter
-            nn.Flatten(),  # 32
+            SymmetricConv2d(1, 8, 7, groups=32, poses=1),  # 64 x 1 x 1; 392: two places for each feature
+            nn.Flatten(),  # 64
+            nn.LayerNorm(64, elementwise_affine=False),
+            nn.ReLU(),
             nn.Dropout(0.1),  # here, where a feature is a single number: no digit may hang on one of them
-            nn.Linear(32, 10, bias=False),  # 320
+            nn.Linear(64, 10, bias=False),  # 640
         )

@@ -28,12 +28,12 @@ class Background(nn.Module):
 def plain_filters():
     """Model_3 with ordinary convolutions, as wide as its number of parameters allows."""
     layers = [Upright()]
-    for inputs, outputs, size, stride in (1, 8, 5, 2), (8, 12, 3, 1), (12, 12, 3, 1), (12, 12, 3, 1):
-        layers += [nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False)]
+    for inputs, outputs, size in (1, 8, 5), (8, 8, 3), (8, 11, 3), (11, 11, 3), (11, 11, 3):
+        layers += [nn.Conv2d(inputs, outputs, size, 2 if size == 5 else 1, size // 2, bias=False)]
         layers += [nn.BatchNorm2d(outputs), nn.ReLU()]
-    layers.insert(-3, nn.MaxPool2d(2))
-    layers += [nn.Conv2d(12, 12, 7, groups=12), nn.Flatten(), nn.LayerNorm(12), nn.ReLU()]
-    layers += [nn.Dropout(0.1), nn.Linear(12, 10)]
+    layers.insert(5, nn.MaxPool2d(2))
+    layers += [nn.Conv2d(11, 11, 7, groups=11, bias=False), nn.Flatten()]
+    layers += [nn.LayerNorm(11, elementwise_affine=False), nn.ReLU(), nn.Dropout(0.1), nn.Linear(11, 10)]
     return nn.Sequential(*layers)
 
 

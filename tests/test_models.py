@@ -96,6 +96,17 @@ def test_symmetric_convolutions_follow_a_turned_and_a_mirrored_input():
     torch.testing.assert_close(mirrored, output.flip(-1, 2, 3).roll(1, 3), rtol=1e-4, atol=1e-5)
 
 
+def test_symmetric_filters_for_single_channels_take_the_pose_of_their_channel():
+    torch.manual_seed(0)
+    layer = SymmetricConv2d(1, 6, 7, groups=24, poses=1)  # two filters for each of three
+    features = torch.randn(4, 3, 2, 4, 7, 7)
+    output = layer(features.flatten(1, 3)).view(4, 3, 2, 4, 2)
+    turned = layer(features.rot90(1, (-2, -1)).roll(1, 3).flatten(1, 3)).view_as(output)
+    mirrored = layer(features.flip(-1, 2, 3).roll(1, 3).flatten(1, 3)).view_as(output)
+    torch.testing.assert_close(turned, output.roll(1, 3), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(mirrored, output.flip(2, 3).roll(1, 3), rtol=1e-4, atol=1e-5)
+
+
 def test_upright_centres_a_digit_and_removes_its_slant():
     """A bar, off-centre and slanted, comes out on the middle of the image and vertical."""
     image = torch.zeros(1, 1, 28, 28)
