@@ -4,7 +4,8 @@
     python tests/benchmark.py 1 2 4    # these rows
 
 Both sides of a ratio are measured in turn, after a first round that is not counted; a figure is the
-median of three rounds or more. Trainings run on CUDA where there is one.
+median of the ratios of three rounds or more, so that a slow minute of the machine weighs on both sides.
+Trainings run on CUDA where there is one.
 """
 
 import copy
@@ -34,15 +35,20 @@ import train  # noqa: E402
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def median_seconds(*functions, rounds=3):
-    """The median time of each function, all of them called in turn, round after round."""
-    times = [[] for _ in functions]
-    for _ in range(1 + rounds):
-        for function, seconds in zip(functions, times, strict=True):
-            started = time.perf_counter()
-            function()
-            seconds.append(time.perf_counter() - started)
-    return [statistics.median(seconds[1:]) for seconds in times]
+def timed(function):
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def rounds_of_seconds(*functions, rounds=3):
+    """The times of the functions, called in turn, a tuple a round; the first round is left out."""
+    return [tuple(map(timed, functions)) for _ in range(1 + rounds)][1:]
+
+
+def median_ratio(ours, theirs, rounds=3):
+    """The time of one function over that of another, the median of the rounds."""
+    return statistics.median(one / other for one, other in rounds_of_seconds(ours, theirs, rounds=rounds))
 
 
 def standard_dataset():
@@ -66,17 +72,15 @@ def loader_against_standard():
     """1: images/s of train_loader over those of DataLoader, 2 workers, over torchvision.datasets.MNIST"""
     standard = DataLoader(standard_dataset(), batch_size=128, shuffle=True, num_workers=2)
     loader = datafile.get_loaders()[0]
-    ours, theirs = median_seconds(lambda: read(loader), lambda: read(standard))
-    return f"{theirs / len(standard.dataset) / (ours / len(loader.dataset)):.0f} x"
+    ratio = median_ratio(lambda: read(standard), lambda: read(loader))
+    return f"{ratio * len(loader.dataset) / len(standard.dataset):.0f} x"
 
 
 def loader_against_bare_loop():
     """2: images/s of train_loader over those of a bare loop that indexes the tensor"""
     loader = datafile.get_loaders()[0]
-    ours, bare = median_seconds(
-        lambda: read(loader), lambda: read(bare_batches(*loader.dataset.tensors)), rounds=9
-    )
-    return f"{bare / ours:.2f} x"
+    bare = lambda: read(bare_batches(*loader.dataset.tensors))  # noqa: E731
+    return f"{median_ratio(bare, lambda: read(loader), rounds=9):.2f} x"
 
 
 def epoch_against_bare_loop():
@@ -97,8 +101,7 @@ def epoch_against_bare_loop():
         loss.item()
 
     epoch = lambda: train.train_epoch(model, average, loader, optimizer, 1)  # noqa: E731
-    ours, bare = median_seconds(epoch, bare, rounds=5)
-    return f"{ours / bare:.3f} x"
+    return f"{median_ratio(epoch, bare, rounds=7):.3f} x"
 
 
 def step_against_peak():
@@ -117,7 +120,8 @@ def step_against_peak():
 
     with FlopCounterMode(display=False) as counter:
         step()
-    step_time, product_time = median_seconds(step, lambda: (matrix @ matrix)[0, 0].item(), rounds=50)
+    times = rounds_of_seconds(step, lambda: (matrix @ matrix)[0, 0].item(), rounds=50)
+    step_time, product_time = map(statistics.median, zip(*times, strict=True))
     flops = counter.get_total_flops() / step_time
     peak = 2 * 2048**3 / product_time
     return f"{flops / peak:.0%} of {peak / 1e9:.0f} GFLOP/s"
@@ -158,13 +162,10 @@ import train
 train.train_epoch = lambda *arguments: os._exit(0)
 train.main()
 """
-    imports, usage, first_step = median_seconds(
-        lambda: python(*IMPORTS),
-        lambda: python(ROOT / "train.py", "--help"),
-        lambda: python("-c", to_first_step),
-        rounds=5,
-    )
-    return f"{usage / imports:.2f} x, {first_step / imports:.2f} x"
+    imports = lambda: python(*IMPORTS)  # noqa: E731
+    usage = median_ratio(lambda: python(ROOT / "train.py", "--help"), imports, rounds=5)
+    first_step = median_ratio(lambda: python("-c", to_first_step), imports, rounds=5)
+    return f"{usage:.2f} x, {first_step:.2f} x"
 
 
 def memory_against_imports():
@@ -240,8 +241,7 @@ def two_at_once():
         for _ in range(2):
             python(*ONE_EPOCH, threads=2)
 
-    ours, theirs = median_seconds(together, one_after_the_other)
-    return f"{ours / theirs:.2f} x"
+    return f"{median_ratio(together, one_after_the_other):.2f} x"
 
 
 def time_steps(images, model):
@@ -255,7 +255,7 @@ def time_steps(images, model):
         loss.backward()
         optimizer.step()
 
-    return median_seconds(step, rounds=100)[0]
+    return statistics.median(step_time for [step_time] in rounds_of_seconds(step, rounds=100))
 
 
 def half_a_batch(rank, folder):
@@ -290,10 +290,10 @@ def optimizers_to_99_percent():
 def workers_against_one():
     """11: `torchrun --nproc-per-node=2 train.py --runs 2` over `python train.py --runs 2`, an epoch each"""
     torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
-    ours, theirs = median_seconds(
+    ratio = median_ratio(
         lambda: python(*torchrun, *ONE_EPOCH, "--runs", 2), lambda: python(*ONE_EPOCH, "--runs", 2, threads=2)
     )
-    return f"{ours / theirs:.2f} x"
+    return f"{ratio:.2f} x"
 
 
 ROWS = [
