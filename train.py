@@ -7,47 +7,32 @@
     python train.py --runs 10                        # seeds 0 to 9: mean, spread and ensemble
     torchrun --nproc-per-node=2 train.py --folds 5   # cross-validation, two folds at a time
 
-Read from top to bottom: the recipes, one epoch, the loop, many runs, the interruptions, the flags.
+Read from top to bottom: the recipes, one epoch, the loop, many runs, the flags.
 """
 
+from support import startup  # noqa: F401  # isort: skip  # before PyTorch is imported
+
 import argparse
-import contextlib
 import copy
-import datetime
 import functools
 import math
-import os
-import random
-import shlex
-import signal
-import statistics
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-if __name__ == "__main__":  # before the imports that take a second: Ctrl-C there ends without a traceback
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
 import torch
-from torch import distributed, optim
+from torch import optim
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchsummary import summary
 from tqdm import tqdm
 
 import models
-from datafile import DATA_DIR, augment, get_loaders
-from evaluate import accuracy, predict
-from models import checkpoint, pictures
-from models.flags import default_device, device, number
-
-# Set by torchrun, where there is more than one worker.
-RANK, WORLD_SIZE, LOCAL_RANK = (
-    int(os.environ.get(name, default))
-    for name, default in [("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)]
-)
+from datafile import DATA_DIR, DataError, augment, get_loaders
+from support import checkpoint, flags, plots, process
+from support.checkpoint import TrainingState
+from support.metrics import accuracy, predict, print_runs
 
 
 class Recipe(NamedTuple):
@@ -82,14 +67,11 @@ def train_epoch(model, average, loader, optimizer, epoch, augmented=True):
         FloatingPointError: a step's loss is not finite.
     """
     model.train()
-    # A line of sums for each step. The device fills it in when it gets there and nothing waits for it.
-    on_cuda = next(model.parameters()).is_cuda
-    sums = torch.zeros(len(loader), 2, pin_memory=on_cuda)
-    loss_sums, correct = sums.numpy().T
+    # A step's row: its sums of losses and of hits. Nothing waits for the device, but where a bar shows them.
+    sums = torch.zeros(len(loader), 2, device=next(model.parameters()).device)
     seen = 0
-    with tqdm(
-        loader, f"Epoch {epoch}", leave=False, disable=RANK > 0 or None
-    ) as bar:  # None: not without a terminal
+    hidden = process.RANK > 0 or not process.is_terminal(sys.stderr)
+    with tqdm(loader, f"Epoch {epoch}", leave=False, disable=hidden) as bar:
         for step, (images, labels) in enumerate(bar):
             logits = model(augment(images) if augmented else images)
             loss = cross_entropy(logits, labels)
@@ -100,154 +82,148 @@ def train_epoch(model, average, loader, optimizer, epoch, augmented=True):
             update_average(average, model, 9 / (10 + steps_before))  # so that it spans the last ninth of all
 
             hits = (logits.argmax(1) == labels).sum()
-            sums[step].copy_(torch.stack([loss.detach() * len(labels), hits]), non_blocking=True)
+            sums[step] = torch.stack([loss.detach() * len(labels), hits])
             seen += len(labels)
-            if not math.isfinite(loss_sums.sum()):
-                break
-            bar.set_postfix_str(
-                f"loss {loss_sums.sum() / seen:.3f}, {correct.sum() / seen:.2%}", refresh=False
-            )
-    loss.item()  # waits for the last of the sums
-    for step, value in enumerate(loss_sums):
-        if not math.isfinite(value):
-            lr = optimizer.param_groups[0]["lr"]
-            raise FloatingPointError(
-                f"the loss became {value} in epoch {epoch}, step {step + 1}, at a learning rate of {lr:g}: "
-                "try a lower one (--lr)"
-            )
-    return float(loss_sums.sum() / seen), float(correct.sum() / seen)
+            if step % 50 == 49 and not hidden:
+                loss_sum, hits = sums.sum(0).tolist()
+                bar.set_postfix_str(f"loss {loss_sum / seen:.3f}, {hits / seen:.2%}", refresh=False)
+    losses, hits = sums.cpu().double().unbind(1)
+    for step, loss in enumerate(losses.tolist(), 1):
+        check_finite(loss, f"in epoch {epoch}, step {step}", optimizer)
+    return float(losses.sum()) / seen, float(hits.sum()) / seen
+
+
+def check_finite(loss, where, optimizer):
+    """Raises FloatingPointError where a loss is not finite, saying where and what to do."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"the loss became {loss} {where}, at a learning rate of {optimizer.param_groups[0]['lr']:g}: "
+            "try a lower one (--lr)"
+        )
 
 
 @torch.no_grad()
 def update_average(average, model, weight):
     """Moves `average`, a copy of `model`, towards it by this weight, batch normalisation included.
 
-    The average of the weights that a run passes through is often better than the last of them: B. Polyak,
-    A. Juditsky, "Acceleration of stochastic approximation by averaging", SIAM J. Control Optim.
-    30(4), 1992. (`torch.optim.swa_utils.AveragedModel` reads its counter, and so waits, at each call.)
+    With a weight of (eta + 1) / (t + eta) at step t this is polynomial-decay averaging, here with eta = 8
+    but for an offset of one step: O. Shamir, T. Zhang, "Stochastic gradient descent for non-smooth
+    optimization", ICML 2013. (`torch.optim.swa_utils.AveragedModel` reads its counter, and so waits, at
+    each call.)
     """
     for averaged, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
         if value.is_floating_point():
             averaged.lerp_(value, weight)
 
 
-def keep_memory():
-    """Has glibc, where there is one, keep the memory of a step for the next one.
+def start(name, args, seed, fold, loaders):
+    """Prints what is trained, how and on what, so that a log tells it without its command.
 
-    It would give it back to the system, which clears it before it is used again: up to half of a step
-    on a CPU. It keeps what is smaller than the largest tensor, up to 32 MiB, that was freed before.
+    Returns:
+        A `TrainingState` in which no step was taken.
     """
-    torch.empty(33_000_000, dtype=torch.uint8)
+    torch.manual_seed(seed)
+    lr = args.lr or RECIPES[name].lr[args.optimizer]
+    model = getattr(models, name)()
+    part = f"{fold} of {args.folds}" if fold else "none"
+    print(f"{name} on {args.device}, seed {seed}" + (f", fold {part}" if fold else ""))
+    print(
+        f"{args.optimizer}, learning rate {lr:g}, batches of {args.batch_size}, "
+        f"{'augmented' if args.augment else 'not augmented'}, {torch.get_num_threads()} CPU threads, "
+        f"PyTorch {torch.__version__}"
+    )
+    summary(copy.deepcopy(model).eval(), (1, 28, 28), device="cpu")
+    sizes = [f"{len(loader.dataset):,}" for loader in loaders]
+    print("Images: {} for training, {} for validation, {} for the test\n".format(*sizes))
+
+    settings = {flag: getattr(args, flag) for flag in ("batch_size", "optimizer", "augment")}
+    settings |= {"model": name, "seed": seed, "lr": lr, "folds": part}
+    model.to(args.device)
+    optimizer = OPTIMIZERS[args.optimizer](model.parameters(), lr=lr)
+    scheduler = ReduceLROnPlateau(optimizer, mode="max", factor=0.1, patience=3)
+    return TrainingState(model, optimizer, scheduler, loaders[0].sampler.generator, settings)
+
+
+def run_epoch(state, train_loader, validation_loader, augmented):
+    """Trains and validates for an epoch, lowers the learning rate where it is time, and notes it all.
+
+    Raises:
+        FloatingPointError: the loss, or what the epoch has made of the weights, is not finite.
+    """
+    epoch, optimizer = len(state.history) + 1, state.optimizer
+    lr = optimizer.param_groups[0]["lr"]
+    loss, hits = train_epoch(state.model, state.average, train_loader, optimizer, epoch, augmented)
+    logits, labels = predict(state.average, validation_loader)
+    validation_loss, validation_accuracy = cross_entropy(logits, labels).item(), accuracy(logits, labels)
+    is_broken = checkpoint.find_not_finite(state.state_dict())  # such a file would be refused
+    check_finite(math.nan if is_broken else validation_loss, f"after epoch {epoch}", optimizer)
+    state.scheduler.step(validation_accuracy)
+    state.add_epoch(lr, loss, hits, validation_loss, validation_accuracy)
+
+
+def print_epoch(state, epochs):
+    """Prints what the last epoch has given."""
+    epoch, lr = state.history[-1], state.optimizer.param_groups[0]["lr"]
+    print(f"Epoch: {len(state.history)}/{epochs}")
+    print(f"Training Loss: {epoch['training_loss']:.3f}")
+    print(f"Training Accuracy: {epoch['training_accuracy']:.2%}")
+    print(f"Validation Accuracy: {epoch['validation_accuracy']:.2%}")
+    print("-" * 50)
+    if lr < epoch["lr"]:
+        print(f"Learning rate lowered to {lr:g}")
+
+
+def fit(state, loaders, epochs, args, last_path, best_path):
+    """Trains, validates and saves, epoch by epoch, until the last one or until nothing gets better."""
+    if args.resume and last_path.exists():
+        state.resume(last_path, best_path)
+        how = "finished" if state.is_finished(epochs, args.early_stopping) else "resumed"
+        print(f"{last_path} is {how} after epoch {len(state.history)}")
+    else:
+        if args.resume:
+            print(f"There is no {last_path} to resume: starting from the beginning")
+        checkpoint.set_aside(last_path)
+    process.keep_freed_memory()
+    while not state.is_finished(epochs, args.early_stopping):
+        run_epoch(state, *loaders[:2], args.augment)
+        state.save(last_path, best_path)  # before it is printed: whoever reads it can count on it
+        print_epoch(state, epochs)
+    if len(state.history) < epochs:
+        print(f"Stopped early: no better epoch in the last {args.early_stopping}")
 
 
 def train(name, args, seed, fold=None):
     """Trains the model of this name, saves its weights after the best epoch and prints what they score.
 
-    The validation images choose the epoch, lower the learning rate and stop the training. The test
-    images are looked at once, when all that is decided. With a fold, a number from 1, the validation
-    images are that part of the training images out of `args.folds`.
+    The validation images choose the epoch, lower the learning rate and stop the training; the test images
+    are read once, when all that is decided. With a fold, 1 to `args.folds`, that fold is for validation.
 
     Returns:
-        The saved weights' accuracies on the validation and on the test images, fractions, and the
-        logits of the test images, float32 (10,000, 10).
+        The saved weights' accuracies on the validation and on the test images, fractions; the logits of
+        the test images, float32 (N, 10), and their labels, int64 (N,), both on the CPU.
     """
     started = time.perf_counter()
-    recipe = RECIPES[name]
-    epochs, lr = args.epochs or recipe.epochs, args.lr or recipe.lr[args.optimizer]
-    part = f"_fold{fold}" if fold else f"_seed{seed}" if args.runs else ""
-    best_path, last_path = (args.output_dir / f"{kind}_{name}{part}.pth" for kind in ("best", "last"))
-    for path in best_path, last_path:
-        if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder: move it away, this run saves a file there")
-        checkpoint.temporary_name(path).unlink(missing_ok=True)
-
+    suffix = f"_fold{fold}" if fold else f"_seed{seed}" if args.runs else ""
+    last_path, best_path = (args.output_dir / f"{kind}_{name}{suffix}.pth" for kind in ("last", "best"))
+    checkpoint.make_way(last_path, best_path)
     folds = (fold, args.folds) if fold else None
     loaders = get_loaders(args.batch_size, seed=seed, device=args.device, data_dir=args.data_dir, fold=folds)
-    train_loader, validation_loader, test_loader = loaders
-    torch.manual_seed(seed)
-    random.seed(seed)  # nothing here draws from it, but its state is saved
-    model = getattr(models, name)()
-    print(f"{name} on {args.device}, seed {seed}" + (f", fold {fold} of {args.folds}" if fold else ""))
-    summary(copy.deepcopy(model).eval(), (1, 28, 28), device="cpu")
-    sizes = [f"{len(loader.dataset):,}" for loader in loaders]
-    print("Images: {} for training, {} for validation, {} for the test\n".format(*sizes))
-
-    model.to(args.device)
-    average = copy.deepcopy(model)
-    optimizer = OPTIMIZERS[args.optimizer](model.parameters(), lr=lr)
-    scheduler = ReduceLROnPlateau(optimizer, mode="max", factor=0.1, patience=3)
-    parts = {"model": model, "average": average, "optimizer": optimizer, "scheduler": scheduler}
-    flags = {"model": name, "seed": seed, "folds": f"{fold} of {args.folds}" if fold else "none"}
-    flags |= {"batch-size": args.batch_size, "optimizer": args.optimizer, "lr": lr, "augment": args.augment}
-    generator = train_loader.sampler.generator
-    # A row an epoch: learning rate, loss and accuracy in training, loss and accuracy on validation images.
-    history, best = [], {}
-
-    def best_epoch():
-        accuracies = [row[-1] for row in history]
-        return accuracies.index(max(accuracies)) + 1
-
-    def finished():
-        waited = args.early_stopping and history and len(history) - best_epoch() >= args.early_stopping
-        return waited or len(history) >= epochs
-
-    def state():
-        return {
-            "layout": checkpoint.LAYOUT,
-            "flags": flags,
-            "history": history,
-            "best": best,
-            "random": checkpoint.random_states(generator, args.device),
-            **{name: part.state_dict() for name, part in parts.items()},
-        }
-
-    if args.resume and last_path.exists():
-        expected = state() | {
-            "best": model.state_dict(),
-            "optimizer": checkpoint.state_after_a_step(optimizer),
-        }
-        saved = checkpoint.read_state(last_path, expected)
-        history, best = saved["history"], saved["best"]
-        checkpoint.restore(saved, parts, generator, args.device, last_path)
-        checkpoint.save(best, best_path)  # a run that was killed between its two files has left an older one
-        args.saved = f"epoch {len(history)} is saved in {last_path}"
-        print(f"{last_path} is {'finished' if finished() else 'resumed'} after epoch {len(history)}")
-    elif args.resume:
-        print(f"There is no {last_path} to resume: starting from the beginning")
-
-    keep_memory()
-    while not finished():
-        epoch = len(history) + 1
-        loss, training_accuracy = train_epoch(model, average, train_loader, optimizer, epoch, args.augment)
-        logits, labels = predict(average, validation_loader)
-        validation_loss, validation_accuracy = cross_entropy(logits, labels).item(), accuracy(logits, labels)
-        print(f"Epoch: {epoch}/{epochs}")
-        print(f"Training Loss: {loss:.3f}")
-        print(f"Training Accuracy: {training_accuracy:.2%}")
-        print(f"Validation Accuracy: {validation_accuracy:.2%}")
-        print("-" * 50)
-
-        lr = optimizer.param_groups[0]["lr"]
-        history.append((lr, loss, training_accuracy, validation_loss, validation_accuracy))
-        scheduler.step(validation_accuracy)
-        if optimizer.param_groups[0]["lr"] < lr:
-            print(f"Learning rate lowered to {optimizer.param_groups[0]['lr']:g}")
-        if best_epoch() == epoch:
-            best = {key: value.cpu().clone() for key, value in average.state_dict().items()}
-        checkpoint.save(state(), last_path, keep=best_path if epoch == 1 else None)
-        if best_epoch() == epoch:
-            checkpoint.save(best, best_path)
-        args.saved = f"epoch {epoch} is saved in {last_path}"
-    if len(history) < epochs:
-        print(f"Stopped early: no better epoch in the last {args.early_stopping}")
-
-    average.load_state_dict(best)
-    logits, labels = predict(average, test_loader)
-    print(f"Test Accuracy: {accuracy(logits, labels):.2%} (epoch {best_epoch()}, {best_path.name})")
-    if args.plot:
-        print(f"See {pictures.curves(history, best_epoch(), args.plot / f'curves_{name}{part}.png')}")
-    print(f"Time: {time.perf_counter() - started:.0f} s")
-    return history[best_epoch() - 1][-1], accuracy(logits, labels), logits.cpu(), labels.cpu()
+    state = start(name, args, seed, fold, loaders)
+    try:
+        fit(state, loaders, args.epochs or RECIPES[name].epochs, args, last_path, best_path)
+        best_epoch = state.best_epoch()
+        state.average.load_state_dict(state.best)
+        logits, labels = predict(state.average, loaders[2])
+        print(f"Test Accuracy: {accuracy(logits, labels):.2%} (epoch {best_epoch}, {best_path.name})")
+        if args.plot:
+            path = args.plot / f"curves_{name}{suffix}.png"
+            print(f"See {plots.curves(state.history, best_epoch, path)}")
+        print(f"Time: {time.perf_counter() - started:.0f} s")
+    except process.Stopped as stopped:
+        stopped.saved = state.saved or stopped.saved
+        raise
+    validation_accuracy = state.history[best_epoch - 1]["validation_accuracy"]
+    return validation_accuracy, accuracy(logits, labels), logits.cpu(), labels.cpu()
 
 
 def train_many(name, args):
@@ -259,113 +235,60 @@ def train_many(name, args):
         runs = {f"fold {fold}": (args.seed, fold) for fold in range(1, args.folds + 1)}
     else:
         runs = {f"seed {seed}": (seed,) for seed in range(args.seed, args.seed + args.runs)}
-    shares = [None] * WORLD_SIZE
-    shares[RANK] = {run: train(name, args, *runs[run]) for run in list(runs)[RANK::WORLD_SIZE]}
-    if WORLD_SIZE > 1:
-        distributed.all_gather_object(shares, shares[RANK])
-    results = {run: shares[index % WORLD_SIZE][run] for index, run in enumerate(runs)}
-
-    validations, tests, logits, labels = zip(*results.values(), strict=True)
-    print(f"\n{name:12}{'Validation':18}Test")
-    for run, validation, test in zip(results, validations, tests, strict=True):
-        print(f"{run:12}{validation:<18.2%}{test:.2%}")
-    spreads = [f"{statistics.mean(x):.2%} ± {statistics.stdev(x):.2%}" for x in (validations, tests)]
-    print(f"{'mean ± sd':12}{spreads[0]:18}{spreads[1]}")
-    print(f"{'lowest':12}{min(validations):<18.2%}{min(tests):.2%}")
-    print(f"{'ensemble':30}{accuracy(torch.stack(logits).softmax(2).mean(0), labels[0]):.2%}")
+    mine = list(runs)[process.RANK :: process.WORLD_SIZE]
+    shares = process.gather({run: train(name, args, *runs[run]) for run in mine})
+    results = {run: shares[index % process.WORLD_SIZE][run] for index, run in enumerate(runs)}
+    print_runs(name, results)
 
 
 def parse_args(arguments=None):
     """Parses these arguments, or the command line's; prints usage and exits with status 2 on a mistake."""
     rates = ", ".join(f"{name} {recipe.lr['adam']:g}" for name, recipe in RECIPES.items())
     epochs = ", ".join(f"{name} {recipe.epochs}" for name, recipe in RECIPES.items())
-    positive = number(int, 1)
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Train a tiny MNIST classifier and report how good it is.")
     add = parser.add_argument
     add("--model", choices=[*RECIPES, "all"], default="Model_3", help="default: %(default)s")
-    add("--epochs", type=positive, metavar="N", help=f"default: {epochs}")
-    add("--batch-size", type=positive, default=128, metavar="N", help="default: %(default)s")
+    add("--epochs", type=int, metavar="N", help=f"default: {epochs}")
+    add("--batch-size", type=int, default=128, metavar="N", help="default: %(default)s")
     add("--optimizer", choices=OPTIMIZERS, default="adam", help="default: %(default)s")
-    add("--lr", type=number(float, 1e-12), metavar="RATE", help=f"at the start; adam's default: {rates}")
+    add("--lr", type=float, metavar="RATE", help=f"at the start; adam's default: {rates}")
     add("--augment", action=argparse.BooleanOptionalAction, default=True, help="deform training images")
-    add("--seed", type=number(int, 0, 2**62), default=0, metavar="N", help="of split, weights, order")
-    add("--device", type=device, default=default_device(), help="default: cuda, else mps, else cpu")
-    add("--early-stopping", type=positive, metavar="N", help="stop N epochs after the best; default: off")
+    add("--seed", type=int, default=0, metavar="N", help="of split, weights, order; default: %(default)s")
+    add("--device", type=flags.device, default=flags.default_device(), help="default: %(default)s")
+    add("--early-stopping", type=int, metavar="N", help="stop N epochs after the best; default: off")
     many = parser.add_mutually_exclusive_group()
-    many.add_argument(
-        "--runs", type=number(int, 2, 1_000), metavar="N", help="train with N seeds, from --seed"
-    )
-    many.add_argument("--folds", type=number(int, 2, 1_000), metavar="K", help="cross-validate with K folds")
+    many.add_argument("--runs", type=int, metavar="N", help="train with N seeds, from --seed")
+    many.add_argument("--folds", type=int, metavar="K", help="cross-validate with K folds")
     add("--resume", action="store_true", help="go on where last_<model>.pth in the output folder ends")
     add("--plot", type=Path, metavar="DIR", help="for a picture of loss and accuracy; needs matplotlib")
     add("--data-dir", type=Path, default=DATA_DIR, metavar="DIR", help="has MNIST/raw; default: %(default)s")
     add("--output-dir", type=Path, default=Path(), metavar="DIR", help="for the models; default: this one")
-    return parser.parse_args(arguments)
-
-
-def stop_at_signals(args):
-    """Has Ctrl-C, `kill` and a lost terminal end the program at once, saying what is saved.
-
-    Nothing is finished or tidied up: the files are whole at every moment, and to go on like that is
-    safer than an exception out of nowhere.
-    """
-
-    def stop(number, frame):
-        with contextlib.suppress(OSError, RuntimeError):  # the terminal is gone, or a line is half printed
-            sys.stdout.flush()
-        clear = "\r\033[K" if sys.stderr.isatty() else ""  # the bar
-        command = shlex.join(["python", *sys.argv] + ["--resume"] * (not args.resume))
-        command = command if WORLD_SIZE == 1 else "the same command and --resume"
-        message = f"{clear}{signal.Signals(number).name}: {args.saved}; go on with: {command}\n"
-        with contextlib.suppress(OSError):
-            os.write(2, message.encode())
-        os._exit(128 + number)
-
-    for name in "SIGINT", "SIGTERM", "SIGHUP":
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
-            signal.signal(number, stop)
+    args = parser.parse_args(arguments)
+    ranges = {"epochs": (1, 10**6), "batch_size": (1, 10**9), "lr": (1e-12, 1e38), "seed": (0, 2**62)}
+    ranges |= {"early_stopping": (1, 10**6), "runs": (2, 1_000), "folds": (2, 1_000)}
+    flags.check_ranges(parser, args, ranges)
+    if process.WORLD_SIZE > 1 and not (args.runs or args.folds):  # a batch is too little work to share
+        parser.error("several workers need --runs or --folds: they do not share one run")
+    return args
 
 
 def main():
     args = parse_args()
-    args.saved = "nothing of this run is saved yet"
-    stop_at_signals(args)
-    sys.stdout.reconfigure(line_buffering=True)  # whoever follows a log sees each line at once
-    names = list(RECIPES) if args.model == "all" else [args.model]
-    if WORLD_SIZE > 1:
-        if not (args.runs or args.folds):  # a batch of 128 images is too little work to share
-            sys.exit("train.py: error: several workers need --runs or --folds: they do not share one run")
-        distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-        if args.device.type == "cuda" and args.device.index is None:
-            args.device = torch.device("cuda", LOCAL_RANK % torch.cuda.device_count())
-    if RANK:
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
-    try:
-        for folder in filter(None, (args.output_dir, args.plot)):
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):  # better found out now than after an epoch
-                pass
+    errors = DataError, checkpoint.CheckpointError, plots.PlotError, FloatingPointError
+    with process.stopped_by_signals(), process.sentences_for(*errors), process.printed_lines():
+        process.check_writable(args.output_dir)
         if args.plot:
-            pictures.check_matplotlib()
-        if LOCAL_RANK == 0:
-            checkpoint.lock(args.output_dir)
-        if WORLD_SIZE > 1:
-            distributed.barrier()  # nobody begins before the folder is locked
-        for name in names:
-            if args.runs or args.folds:
-                train_many(name, args)
-            else:
-                train(name, args, args.seed)
-    except (OSError, ValueError, FloatingPointError, ImportError) as error:
-        sys.exit(f"train.py: error: {error}")
-    except RuntimeError as error:
-        if "gloo" in str(error):
-            sys.exit("train.py: error: another worker has stopped; go on with the same command and --resume")
-        if "memory" not in str(error):
-            raise
-        sys.exit(f"train.py: error: {args.device} has too little memory: try a smaller --batch-size")
+            plots.check_matplotlib()
+            process.check_writable(args.plot)
+        args.device = process.own_device(args.device)
+        with process.joined_workers(), process.locked(args.output_dir):
+            process.gather()  # nobody begins before the folder is locked
+            for name in RECIPES if args.model == "all" else [args.model]:
+                if args.runs or args.folds:
+                    train_many(name, args)
+                else:
+                    train(name, args, args.seed)
 
 
 if __name__ == "__main__":

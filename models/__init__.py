@@ -1,5 +1,3 @@
-from .model_1 import Model_1
-from .model_2 import Model_2
-from .model_3 import Model_3
-
-__all__ = ["Model_1", "Model_2", "Model_3"]
+from .model_1 import Model_1 as Model_1
+from .model_2 import Model_2 as Model_2
+from .model_3 import Model_3 as Model_3

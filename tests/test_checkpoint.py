@@ -2,18 +2,21 @@
 
 import copy
 import os
-import subprocess
-import sys
+import random
+import time
 import zipfile
 
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 import models
-from conftest import ROOT
-from models import checkpoint
+import train
+from conftest import BLOCK, ROOT, TEST_LINE, end, same, saved_states, wait_for
+from support import checkpoint
+from support.checkpoint import CheckpointError, TrainingState
 
 many = settings(
     max_examples=200,
@@ -27,8 +30,8 @@ many = settings(
 def state_file(small_data, tmp_path_factory):
     """The training state that Model_3 saves after its first epoch."""
     folder = tmp_path_factory.mktemp("finished")
-    command = [sys.executable, ROOT / "tests/train_small.py", "--data-dir", small_data, "--epochs", "1"]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    options = "--data-dir", str(small_data), "--epochs", "1", "--device", "cpu", "--output-dir", str(folder)
+    train.train("Model_3", train.parse_args(options), 0)
     return folder / "last_Model_3.pth"
 
 
@@ -37,22 +40,21 @@ def state(state_file):
     return torch.load(state_file, weights_only=True)
 
 
-def same(one, other):
-    """Whether two nested containers are equal, their tensors bit for bit."""
-    if isinstance(one, torch.Tensor):
-        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple):
-        return type(one) is type(other) and len(one) == len(other) and all(map(same, one, other))
-    return one == other
+def new_training(settings):
+    """A run of Model_3 with these settings that has not begun."""
+    model = models.Model_3()
+    optimizer = train.OPTIMIZERS["adam"](model.parameters(), lr=0.01)
+    scheduler = ReduceLROnPlateau(optimizer, mode="max", factor=0.1, patience=3)
+    return TrainingState(model, optimizer, scheduler, torch.Generator(), settings)
 
 
-def refusal(path, expected):
-    """The one sentence with which the file is refused; where it is not, it must be what is expected."""
+def refusal(path, state, settings=None):
+    """The one sentence with which the file is refused; where it is not, it must be this state."""
+    training = new_training(settings or state["settings"])
     try:
-        assert same(checkpoint.read_state(path, expected), expected)
-    except (ValueError, OSError) as error:
+        training.resume(path, path.with_name("best_of_it"))
+        assert same(training.state_dict(), state)
+    except (CheckpointError, OSError) as error:
         sentence = str(error)
         assert str(path) in sentence and "\n" not in sentence
         return sentence
@@ -76,7 +78,7 @@ def put(state, where, value):
 
 
 def test_a_state_comes_back_bit_for_bit(state, tmp_path):
-    checkpoint.save(state, tmp_path / "again.pth")
+    torch.save(state, tmp_path / "again.pth")
     assert refusal(tmp_path / "again.pth", state) is None
 
 
@@ -118,11 +120,11 @@ def test_a_state_with_something_else_in_one_place_is_refused(state, tmp_path, da
     other = put(state, where, value)
     torch.save(other, tmp_path / "other.pth")
     try:
-        checkpoint.read_state(tmp_path / "other.pth", state)
-    except ValueError as error:
+        new_training(state["settings"]).resume(tmp_path / "other.pth", tmp_path / "best")
+    except CheckpointError as error:
         assert str(error).startswith(str(tmp_path / "other.pth")) and "\n" not in str(error)
     else:  # only a number may be another number; None in the place of None changes nothing
-        assert isinstance(value, bool | int | float) or same(other, state)
+        assert isinstance(value, (bool, int, float)) or same(other, state)
 
 
 @many
@@ -132,24 +134,42 @@ def test_tensors_of_another_shape_or_dtype_or_not_finite_are_refused(state, tmp_
     key = data.draw(st.sampled_from(list(tensors)))
     nan, infinite = tensors[key].clone(), tensors[key].clone()
     nan.view(-1)[-1], infinite.view(-1)[0] = float("nan"), float("-inf")
-    wrong = [
+    wrong = (
         nan,
         infinite,
         tensors[key].double(),
         tensors[key].to_sparse(),
         tensors[key][None],
         tensors[key][:-1],
-    ]
-    weights = state["best"] | {key: data.draw(st.sampled_from(wrong))}
-    checkpoint.save(weights, tmp_path / "wrong.pth")
-    with pytest.raises(ValueError, match=f"^weights '{key}' "):
-        checkpoint.check(checkpoint.read(tmp_path / "wrong.pth"), state["best"], "weights")
+    )
+    value = data.draw(st.sampled_from([*wrong, tensors[key].to("meta")]))
+    torch.save(state["best"] | {key: value}, tmp_path / "wrong.pth")
+    with pytest.raises(CheckpointError, match="not finite|does not have the weights of"):
+        checkpoint.load(tmp_path / "wrong.pth")
+    part = data.draw(st.sampled_from(["model", "average", "best"]))
+    torch.save(put(state, (part, key), value), tmp_path / "state.pth")
+    assert refusal(tmp_path / "state.pth", state)
 
 
-def test_another_models_weights_are_refused(tmp_path):
-    checkpoint.save(models.Model_1().state_dict(), tmp_path / "one.pth")
-    with pytest.raises(ValueError, match="has no '1.weight'"):
-        checkpoint.check(checkpoint.read(tmp_path / "one.pth"), models.Model_2().state_dict(), "one.pth")
+def test_the_class_is_told_by_the_weights_and_asked_for_where_several_fit(tmp_path, monkeypatch):
+    for kind in checkpoint.model_classes().values():
+        torch.save(kind().state_dict(), tmp_path / "one.pth")
+        assert type(checkpoint.load(tmp_path / "one.pth")) is kind
+    with pytest.raises(CheckpointError, match="does not have the weights of Model_2"):
+        checkpoint.load(tmp_path / "one.pth", "Model_2")
+
+    class Model_4(models.Model_3):
+        """The same layers, but for an activation."""
+
+        def __init__(self):
+            super().__init__()
+            self[3] = torch.nn.GELU()
+
+    monkeypatch.setattr(models, "Model_4", Model_4, raising=False)
+    torch.save(Model_4().state_dict(), tmp_path / "four.pth")
+    with pytest.raises(CheckpointError, match="could be of Model_3 and of Model_4: say which with --model"):
+        checkpoint.load(tmp_path / "four.pth")
+    assert type(checkpoint.load(tmp_path / "four.pth", "Model_4")) is Model_4
 
 
 class Malicious:
@@ -161,7 +181,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("where", [(), ("best",), ("optimizer", "state"), ("flags", "seed")], ids=str)
+@pytest.mark.parametrize("where", [(), ("best",), ("optimizer", "state"), ("settings", "seed")], ids=str)
 def test_no_code_is_run(state, tmp_path, where, zipped):
     bad = put(state, where, Malicious(tmp_path / "run"))
     torch.save(bad, tmp_path / "bad.pth", _use_new_zipfile_serialization=zipped)
@@ -184,47 +204,198 @@ def test_folders_pipes_and_missing_files_are_refused(state, tmp_path):
         assert refusal(path, state)
 
 
-def test_another_layout_is_refused_by_its_number(state, tmp_path):
-    for layout in checkpoint.LAYOUT - 1, checkpoint.LAYOUT + 1:
-        checkpoint.save(state | {"layout": layout}, tmp_path / "other.pth")
-        assert f"layout {layout}" in refusal(tmp_path / "other.pth", state)
+@pytest.mark.parametrize("version", [*VALUES, torch.zeros(3, 4), "a\nb", 2, 4], ids=repr)
+def test_a_state_of_another_version_is_refused(state, tmp_path, version):
+    torch.save(state | {"version": version}, tmp_path / "other.pth")
+    assert "no training state of this version" in refusal(tmp_path / "other.pth", state)
 
 
-@pytest.mark.parametrize("layout", [*VALUES, torch.zeros(3, 4), "a\nb"], ids=repr)
-def test_a_layout_that_is_no_number_is_refused(state, tmp_path, layout):
-    checkpoint.save(state | {"layout": layout}, tmp_path / "other.pth")
-    assert refusal(tmp_path / "other.pth", state)
-
-
-@pytest.mark.parametrize("part, key", [("best", "a\nb"), ("flags", "a\nb"), ("flags", "model")])
+@pytest.mark.parametrize("part, key", [("best", "a\nb"), ("settings", "a\nb"), ("settings", "model")])
 def test_names_from_the_file_do_not_break_the_line(state, tmp_path, part, key):
-    checkpoint.save(state | {part: state[part] | {key: "a\nb"}}, tmp_path / "other.pth")
+    torch.save(state | {part: state[part] | {key: "a\nb"}}, tmp_path / "other.pth")
     assert refusal(tmp_path / "other.pth", state)
 
 
-@pytest.mark.parametrize("flag, value", [("model", "Model_1"), ("seed", 7), ("batch-size", 64), ("lr", 0.5)])
+@pytest.mark.parametrize("flag, value", [("model", "Model_1"), ("seed", 7), ("batch_size", 64), ("lr", 0.5)])
 def test_a_flag_that_contradicts_is_named_with_both_values(state, state_file, flag, value):
-    sentence = refusal(state_file, state | {"flags": state["flags"] | {flag: value}})
-    assert f"--{flag} {state['flags'][flag]}, not {value}" in sentence
+    sentence = refusal(state_file, state, state["settings"] | {flag: value})
+    assert f"--{flag.replace('_', '-')} {state['settings'][flag]}, not {value}" in sentence
 
 
-def test_a_failed_save_leaves_the_old_file_and_nothing_else(state, tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")], ids=repr)
+def test_a_good_file_that_memory_does_not_suffice_for_is_not_called_damaged(state_file, monkeypatch, error):
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(torch, "load", fail)
+    with pytest.raises(type(error)):
+        checkpoint.read(state_file)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
     path = tmp_path / "best.pth"
-    checkpoint.save({"a": torch.ones(1)}, path)
-    before = path.read_bytes()
+    checkpoint.write(b"old", path)
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match=r"best\.pth could not be written \(No space left on device\)"):
-        checkpoint.save(state, path, keep=path)
-    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("best.pth", before)]
+    with pytest.raises(CheckpointError, match=r"best\.pth could not be written \(No space left on device\)"):
+        checkpoint.write(b"new", path, own=[])
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("best.pth", b"old")]
 
 
 def test_old_files_are_kept_under_the_first_free_number(tmp_path, capsys):
-    for number in range(3):
-        checkpoint.save({"number": number}, tmp_path / "best.pth", keep=tmp_path / "best.pth")
-    kept = {path.name: checkpoint.read(path)["number"] for path in tmp_path.iterdir()}
-    assert kept == {"best.1.pth": 0, "best.2.pth": 1, "best.pth": 2}
-    assert capsys.readouterr().out.splitlines()[1] == "best.pth of an earlier run is now best.2.pth"
+    path = tmp_path / "best.pth"
+    for content in b"0", b"1", b"2":
+        checkpoint.write(content, path, own=[])
+    checkpoint.write(b"3", path, own=[checkpoint.digest(b"2")])
+    kept = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert kept == {"best.1.pth": b"0", "best.2.pth": b"1", "best.pth": b"3"}
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"best.pth is not of this run: it is now best.{number}.pth" for number in (1, 2)]
+
+
+def test_a_new_run_keeps_the_files_of_an_earlier_one(fit, tmp_path):
+    fit("--epochs", 2)
+    earlier = saved_states(tmp_path)
+    output = fit("--epochs", 1, "--seed", 1).stdout
+    for kind in "best", "last":
+        line = f"{kind}_Model_3.pth is not of this run: it is now {kind}_Model_3.1.pth\n"
+        assert output.count(line) == 1
+        assert same(saved_states(tmp_path)[f"{kind}_Model_3.1.pth"], earlier[f"{kind}_Model_3.pth"])
+    assert not same(saved_states(tmp_path)["best_Model_3.pth"], earlier["best_Model_3.pth"])
+
+
+@pytest.mark.parametrize("epochs", [2, 3])
+def test_a_resumed_run_keeps_a_best_model_that_it_did_not_write(fit, tmp_path, epochs):
+    """Whether it goes on or is finished, a file that was put into its folder is kept under another name."""
+    fit("--epochs", 2)
+    ours = saved_states(tmp_path)
+    theirs = {key: torch.ones_like(value) for key, value in ours["best_Model_3.pth"].items()}
+    torch.save(theirs, tmp_path / "best_Model_3.pth")
+    output = fit("--epochs", epochs, "--resume").stdout
+    assert "best_Model_3.pth is not of this run: it is now best_Model_3.1.pth\n" in output
+    assert same(saved_states(tmp_path)["best_Model_3.1.pth"], theirs)
+    after = saved_states(tmp_path)
+    assert same(after["best_Model_3.pth"], after["last_Model_3.pth"]["best"])
+    fit("--epochs", epochs, "--resume")  # and nothing more is renamed
+    assert same(saved_states(tmp_path), after)
+
+
+def test_a_best_model_that_a_killed_run_left_behind_is_put_right(fit, tmp_path):
+    """Killed between its two files, a run leaves a best model of an earlier epoch, or none."""
+    fit("--epochs", 1)
+    first = (tmp_path / "best_Model_3.pth").read_bytes()
+    fit("--epochs", 2, "--resume")
+    whole = saved_states(tmp_path)
+    assert not same(whole["last_Model_3.pth"]["best"], whole["last_Model_3.pth"]["model"])
+    (tmp_path / "best_Model_3.pth").write_bytes(first)
+    assert "is not of this run" not in fit("--epochs", 2, "--resume").stdout
+    assert same(saved_states(tmp_path), whole)
+    (tmp_path / "best_Model_3.pth").unlink()
+    fit("--epochs", 2, "--resume")
+    assert same(saved_states(tmp_path), whole)
+
+
+def test_resuming_nothing_starts_and_resuming_the_end_says_so(fit):
+    first, second = (fit("--epochs", 1, "--resume").stdout for _ in range(2))
+    assert "There is no last_Model_3.pth to resume: starting from the beginning\n" in first
+    assert "last_Model_3.pth is finished after epoch 1\n" in second
+    assert BLOCK.findall(second) == []
+    assert TEST_LINE.search(first)[1] == TEST_LINE.search(second)[1]
+
+
+def test_a_contradicting_flag_is_one_sentence_and_changes_nothing(fit, tmp_path):
+    fit("--epochs", 1)
+    before = saved_states(tmp_path)
+    process = fit("--epochs", 2, "--resume", "--seed", 3, check=False)
+    assert process.returncode == 1 and process.stderr.count("\n") == 1
+    assert "last_Model_3.pth is of a run with --seed 0, not 3" in process.stderr
+    assert same(saved_states(tmp_path), before)
+
+
+def test_temporary_files_of_a_killed_run_are_removed_and_nothing_else(fit, tmp_path):
+    mine = ["notes.tmp", ".best_Model_1.pth.tmp", ".best_Model_3.pth.tmp~", "best_Model_3.pth.tmp"]
+    for name in [*mine, ".best_Model_3.pth.tmp", ".last_Model_3.pth.tmp"]:
+        (tmp_path / name).write_text("half a file")
+    fit("--epochs", 1)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {*mine, "best_Model_3.pth", "last_Model_3.pth"}
+
+
+@pytest.mark.parametrize("epochs_before, writes, file", [(0, 0, "last"), (0, 1, "best"), (1, 0, "last")])
+def test_a_full_disk_is_one_sentence_at_every_write(fit, tmp_path, monkeypatch, epochs_before, writes, file):
+    if epochs_before:
+        fit("--epochs", epochs_before)
+    before = saved_states(tmp_path)
+    calls, fsync = [], os.fsync
+
+    def full(descriptor):
+        calls.append(descriptor)
+        if len(calls) > writes:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", full)
+    process = fit("--epochs", 3, "--resume", check=False)
+    assert process.returncode == 1
+    assert process.stderr == (
+        f"train.py: error: {file}_Model_3.pth could not be written (No space left on device)\n"
+    )
+    after = saved_states(tmp_path)
+    assert after.keys() == before.keys() | ({"last_Model_3.pth"} if writes else set())
+    assert same({name: after[name] for name in before}, before)
+
+
+def survive(start, folder, kills, *arguments, **options):
+    """Kills runs and resumes them until that many were killed; they must end as if none had been.
+
+    Every other kill comes within milliseconds after something in the folder changed.
+    """
+    process = start(*arguments, "--output-dir", folder / "whole", **options)
+    output, errors = end(process)
+    assert process.returncode == 0, errors
+    blocks, last_line = BLOCK.findall(output), TEST_LINE.search(output)[0].splitlines()[0]
+    expected = saved_states(folder / "whole")
+
+    moments = random.Random(0)
+    killed = finished = 0
+    while killed < kills:
+        output_dir = folder / f"killed_{finished}"
+        output_dir.mkdir()
+        output = ""
+        while True:
+            process = start(*arguments, "--output-dir", output_dir, "--resume", **options)
+            wait_for(process, "Images")
+            aimed = killed % 2
+            for _ in range(moments.randint(1, 10) * aimed):  # an epoch changes the folder 2 or 4 times
+                before = output_dir.stat().st_mtime_ns
+                while process.poll() is None and output_dir.stat().st_mtime_ns == before:
+                    time.sleep(0.0005)
+            time.sleep(moments.uniform(0, 0.005 if aimed else 1))
+            process.kill()
+            output += end(process)[0]
+            states = saved_states(output_dir)
+            if process.returncode == 0:
+                break
+            killed += 1
+        finished += 1
+        assert same(states, expected)
+        # An epoch is saved before it is printed, so that of one that is lost here the file tells.
+        assert set(BLOCK.findall(output)) <= set(blocks)
+        assert last_line in output
+
+
+def test_a_killed_run_resumes_to_the_same_bits(start, tmp_path):
+    survive(start, tmp_path, 3, "--epochs", 4)
+
+
+@pytest.mark.slow
+def test_fifty_killed_runs_resume_to_the_same_bits(start, tmp_path):
+    survive(start, tmp_path, 50, "--epochs", 8)
+
+
+@pytest.mark.slow
+def test_killed_runs_on_all_of_mnist_resume_to_the_same_bits(start, tmp_path):
+    survive(start, tmp_path, 5, "--model", "Model_2", "--epochs", 3, data_dir=ROOT / "data")

@@ -18,7 +18,7 @@ import pytest
 
 import models
 from conftest import ROOT
-from models import checkpoint
+from support import checkpoint
 
 README = (ROOT / "README.md").read_text()
 SECTION = README.split("\n## Training on EC2\n")[1].split("\n## ")[0]
@@ -322,8 +322,8 @@ def test_training_survives_the_connection_and_the_model_comes_back(terminal, ins
     _, errors = terminal.paste(1, 6, before=host)
     assert (terminal.ssh / "config").read_text() == entry
 
-    epochs = 60
-    options = f"tests/train_small.py --model Model_1 --epochs {epochs} --device cpu --data-dir data"
+    epochs = 200
+    options = f"train.py --model Model_1 --epochs {epochs} --device cpu --data-dir data"
     changes = {"train.py --resume": f"{options} --resume", "=true": "='sudo shutdown -h +60'"}
     following = terminal.start(1, 7, before=host, cwd=clone, replace=changes.items())
     log = instance / "mnist" / "train.log"

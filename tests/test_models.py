@@ -3,8 +3,7 @@ import torch
 from torch import nn
 
 import models
-from models.model_2 import Upright
-from models.model_3 import SymmetricConv2d
+from models.layers import Deskew, P4MConv2d
 
 PARAMETERS = {"Model_1": 26_698, "Model_2": 15_106, "Model_3": 4_506}
 
@@ -83,10 +82,10 @@ def test_model_3_is_as_described():
     assert dropouts and all(m.p > 0 for m in dropouts)
 
 
-def test_symmetric_convolutions_follow_a_turned_and_a_mirrored_input():
+def test_p4m_convolutions_follow_a_turned_and_a_mirrored_input():
     torch.manual_seed(0)
     layers = nn.Sequential(
-        SymmetricConv2d(1, 2, 6, stride=2, padding=2, poses=1), SymmetricConv2d(2, 3, 3, padding=1)
+        P4MConv2d(1, 2, 6, stride=2, padding=2, orientations=1), P4MConv2d(2, 3, 3, padding=1)
     )
     images = torch.randn(4, 1, 28, 28)
     output = layers(images).view(4, 3, 2, 4, 14, 14)
@@ -96,9 +95,9 @@ def test_symmetric_convolutions_follow_a_turned_and_a_mirrored_input():
     torch.testing.assert_close(mirrored, output.flip(-1, 2, 3).roll(1, 3), rtol=1e-4, atol=1e-5)
 
 
-def test_symmetric_filters_for_single_channels_take_the_pose_of_their_channel():
+def test_filters_for_single_channels_take_the_orientation_of_their_channel():
     torch.manual_seed(0)
-    layer = SymmetricConv2d(1, 6, 7, groups=24, poses=1)  # two filters for each of three
+    layer = P4MConv2d(1, 6, 7, groups=24, orientations=1)  # two filters for each of three
     features = torch.randn(4, 3, 2, 4, 7, 7)
     output = layer(features.flatten(1, 3)).view(4, 3, 2, 4, 2)
     turned = layer(features.rot90(1, (-2, -1)).roll(1, 3).flatten(1, 3)).view_as(output)
@@ -107,13 +106,58 @@ def test_symmetric_filters_for_single_channels_take_the_pose_of_their_channel():
     torch.testing.assert_close(mirrored, output.flip(2, 3).roll(1, 3), rtol=1e-4, atol=1e-5)
 
 
-def test_upright_centres_a_digit_and_removes_its_slant():
-    """A bar, off-centre and slanted, comes out on the middle of the image and vertical."""
-    image = torch.zeros(1, 1, 28, 28)
-    for row in range(6, 22):
-        image[0, 0, row, row // 2 + 2 : row // 2 + 5] = 1
-    output = Upright()(image + Upright.BACKGROUND)[0, 0]
-    axis = torch.arange(28) - 13.5
-    x, y = (output.sum(0) @ axis) / output.sum(), (output.sum(1) @ axis) / output.sum()
-    slant = (output * axis[:, None] * axis).sum() / (output * axis[:, None] ** 2).sum()
-    assert abs(x) < 0.1 and abs(y) < 0.1 and abs(slant) < 0.02
+def bar(top, left, height, width, slant):
+    """An image with a bar of ink; by each row down it moves `slant` pixels to the left."""
+    y, x = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
+    inside = (y >= top) & (y < top + height)
+    image = (1 - (x + slant * (y - top) - left - width / 2).abs() + width / 2).clamp(0, 1) * inside
+    return image[None, None] + Deskew.BACKGROUND
+
+
+def moments(image):
+    """Centre, slant and standard deviations, across the slant and down, half a side being 1."""
+    axis = (torch.arange(28) - 13.5) / 14
+    ink = image[0, 0] / image.sum()
+    x, y = ink.sum(0) @ axis, ink.sum(1) @ axis
+    down, across = axis[:, None] - y, axis - x
+    yy, xy, xx = ((ink * factor).sum() for factor in (down**2, down * across, across**2))
+    return x, y, xy / yy, (xx - xy**2 / yy).sqrt(), yy.sqrt()
+
+
+@pytest.mark.parametrize("top, left, height, width, slant", [(2, 14, 12, 5, 0.5), (9, 6, 17, 9, -0.3)])
+def test_deskew_centres_a_digit_and_removes_its_slant(top, left, height, width, slant):
+    """It also moves the digit's size halfway, on a logarithmic scale, to that of an average one."""
+    image = bar(top, left, height, width, slant)
+    *_, before_width, before_height = moments(image - Deskew.BACKGROUND)
+    x, y, after_slant, after_width, after_height = moments(Deskew()(image))
+    assert abs(x) < 0.01 and abs(y) < 0.01 and abs(after_slant) < 0.02
+    assert after_width == pytest.approx((before_width * 0.26).sqrt().item(), rel=0.06)
+    assert after_height == pytest.approx((before_height * 0.39).sqrt().item(), rel=0.06)
+
+
+RECORDED = {  # of the first two test images
+    "Model_1": [
+        [6.5464, 4.7887, -10.4222, 4.9047, 4.1445, -7.5028, 4.4744, 0.5762, -5.0007, 6.8989],
+        [6.5412, 4.8368, -10.4696, 4.9083, 4.1879, -7.5539, 4.4867, 0.6137, -5.0541, 6.9197],
+    ],
+    "Model_2": [
+        [4.9962, -1.9900, 1.8071, -5.1510, 6.5691, -3.9526, 2.2100, -4.7142, 7.4255, -5.9295],
+        [4.9781, -1.9701, 1.7856, -5.1277, 6.5442, -3.9262, 2.1820, -4.6847, 7.3945, -5.8971],
+    ],
+    "Model_3": [
+        [1.7270, -0.3674, -1.4307, 1.5213, 0.2038, -1.6856, 1.1557, 0.7536, -1.7634, 0.6686],
+        [1.2184, -0.7536, -0.6106, 1.2461, -0.3943, -0.9281, 1.1428, 0.0064, -1.1480, 0.9194],
+    ],
+}
+
+
+def test_logits_are_those_recorded(model, mnist):
+    """What a row of README.md promises is not changed unnoticed: weights by a formula, no generator."""
+    for index, (name, tensor) in enumerate(model.state_dict().items()):
+        if tensor.dim() > 1 or name.endswith("bias"):
+            wave = torch.sin(torch.arange(tensor.numel()) * 1.7 + index).view_as(tensor)
+            tensor.copy_(wave * (6 / tensor[0].numel()) ** 0.5)
+    with torch.no_grad():
+        logits = model.eval()(mnist[2].dataset.tensors[0][:2])
+    expected = torch.tensor(RECORDED[type(model).__name__])
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=5e-4)

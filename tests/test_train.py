@@ -6,36 +6,29 @@ import re
 import subprocess
 import sys
 import termios
+import threading
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import datafile
 import models
 import train
-from conftest import ROOT
-
-SMALL = "tests/train_small.py"
-BLOCK = re.compile(
-    r"^Epoch: (\d+)/(\d+)\n"
-    r"Training Loss: (\d+\.\d{3})\n"
-    r"Training Accuracy: (\d+\.\d{2})%\n"
-    r"Validation Accuracy: (\d+\.\d{2})%\n"
-    r"-{50}\n",
-    re.MULTILINE,
-)
-TEST_LINE = re.compile(
-    r"^Test Accuracy: (\d+\.\d{2})% \(epoch (\d+), (best_Model_[123]\w*\.pth)\)\nTime: \d+ s\n", re.M
-)
+from conftest import BLOCK, ONE_THREAD, ROOT, TEST_LINE, same, saved_states
+from support import checkpoint
 
 
 @pytest.mark.parametrize("name", train.RECIPES)
-def test_a_small_run_prints_learns_and_saves_a_plain_state_dict(name, run, small_data, tmp_path):
-    output = run(SMALL, "--model", name, "--epochs", 3, "--data-dir", small_data, "--device", "cpu").stdout
+def test_a_small_run_prints_learns_and_saves_a_plain_state_dict(name, fit, tmp_path):
+    output = fit("--model", name, "--epochs", 3).stdout
     before, *_ = output.split("Epoch: 1/3")
-    assert f"{name} on cpu, seed 0" in before and "Trainable params" in before
-    assert "Images: 1,000 for training, 5,000 for validation, 1,000 for the test" in before
+    assert before.startswith(f"{name} on cpu, seed 0\n") and "Trainable params" in before
+    lr = train.RECIPES[name].lr["adam"]
+    versions = f"{torch.get_num_threads()} CPU threads, PyTorch {torch.__version__}"
+    assert f"\nadam, learning rate {lr:g}, batches of 128, augmented, {versions}\n" in before
+    assert "Images: 1,100 for training, 100 for validation, 1,000 for the test" in before
     blocks = BLOCK.findall(output)
     assert [(epoch, epochs) for epoch, epochs, *_ in blocks] == [("1", "3"), ("2", "3"), ("3", "3")]
     assert float(blocks[2][2]) < float(blocks[0][2])  # the loss fell
@@ -53,58 +46,89 @@ def test_a_small_run_prints_learns_and_saves_a_plain_state_dict(name, run, small
     assert sorted(path.name for path in tmp_path.iterdir()) == [file, file.replace("best", "last")]
 
 
-def test_model_1_reaches_98_percent_in_its_two_epochs(run):
-    output = run("train.py", "--model", "Model_1").stdout
+def test_model_1_reaches_98_percent_in_its_two_epochs(call):
+    output = call("train.py", "--model", "Model_1").stdout
     assert "Images: 55,000 for training, 5,000 for validation, 10,000 for the test" in output
     assert len(BLOCK.findall(output)) == 2
     assert float(TEST_LINE.search(output)[1]) >= 98.0
 
 
-@pytest.mark.parametrize("threads", ["1", "2"])
-def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(run, small_data, tmp_path, threads):
-    environment = os.environ | {"OMP_NUM_THREADS": threads}
-
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(fit, tmp_path, threads):
     def weights(seed, folder):
-        options = "--epochs", 2, "--data-dir", small_data, "--device", "cpu"
-        run(SMALL, *options, "--seed", seed, "--output-dir", tmp_path / folder, env=environment)
+        fit("--epochs", 2, "--seed", seed, "--output-dir", folder)
         return torch.load(tmp_path / folder / "best_Model_3.pth", weights_only=True)
 
-    first, again, other = weights(5, "first"), weights(5, "again"), weights(6, "other")
-    assert all(torch.equal(first[key], again[key]) for key in first)
-    assert not all(torch.equal(first[key], other[key]) for key in first)
+    torch.set_num_threads(threads)
+    try:
+        first, again, other = weights(5, "first"), weights(5, "again"), weights(6, "other")
+    finally:
+        torch.set_num_threads(1)
+    assert same(first, again) and not same(first, other)
 
 
-def test_all_trains_each_model_as_if_it_were_alone(run, small_data, tmp_path):
-    options = "--epochs", 1, "--data-dir", small_data, "--device", "cpu"
-    output = run(SMALL, *options, "--model", "all", "--output-dir", tmp_path / "all").stdout
+def test_all_trains_each_model_as_if_it_were_alone(fit, tmp_path):
+    output = fit("--epochs", 1, "--model", "all", "--output-dir", "all").stdout
     assert [found[2] for found in TEST_LINE.findall(output)] == [f"best_{name}.pth" for name in train.RECIPES]
-    run(SMALL, *options, "--model", "Model_3", "--output-dir", tmp_path / "one")
-    together, alone = (
-        torch.load(tmp_path / folder / "best_Model_3.pth", weights_only=True) for folder in ("all", "one")
-    )
-    assert all(torch.equal(together[key], alone[key]) for key in alone)
+    fit("--epochs", 1, "--output-dir", "one")
+    together, alone = (saved_states(tmp_path / folder)["best_Model_3.pth"] for folder in ("all", "one"))
+    assert same(together, alone)
 
 
-def test_early_stopping_and_a_lowered_rate_are_announced(run, small_data):
+def test_early_stopping_and_a_lowered_rate_are_announced(fit):
     """At a rate of 2e-8 the validation accuracy stands still from the first epoch on."""
-    options = "--model", "Model_1", "--lr", "2e-8", "--data-dir", small_data, "--device", "cpu"
-    output = run(SMALL, *options, "--epochs", 6).stdout
+    options = "--model", "Model_1", "--lr", "2e-8"
+    output = fit(*options, "--epochs", 6).stdout
     assert len(BLOCK.findall(output)) == 6
     blocks_before = BLOCK.findall(output.split("Learning rate lowered to 2e-09\n")[0])
     assert len(blocks_before) == 5  # the first is the best, four are not better: one more than patience
-    output = run(SMALL, *options, "--epochs", 6, "--early-stopping", 2).stdout
+    output = fit(*options, "--epochs", 6, "--early-stopping", 2).stdout
     assert len(BLOCK.findall(output)) == 3 and "\nStopped early: " in output
     assert TEST_LINE.search(output)[2] == "1"
 
+    # An interruption does not begin the count anew.
+    options = *options, "--early-stopping", 3, "--resume", "--output-dir", "resumed"
+    assert "Stopped early" not in fit(*options, "--epochs", 2).stdout
+    output = fit(*options, "--epochs", 9).stdout
+    assert [block[0] for block in BLOCK.findall(output)] == ["3", "4"]
+    assert "Stopped early: no better epoch in the last 3\n" in output
+    output = fit(*options, "--epochs", 9).stdout
+    assert BLOCK.findall(output) == [] and "last_Model_1.pth is finished after epoch 4\n" in output
 
-def test_a_bar_is_drawn_on_a_terminal_and_nowhere_else(run, small_data, tmp_path):
-    options = ["--epochs", "1", "--data-dir", str(small_data), "--device", "cpu"]
-    assert run(SMALL, *options).stderr == ""
 
+@pytest.mark.parametrize("optimizer", train.OPTIMIZERS)
+def test_each_optimiser_learns_and_resumes_to_the_same_bits(optimizer, fit, tmp_path):
+    def state(folder, *arguments, **options):
+        process = fit("--model", "Model_1", "--output-dir", folder, "--optimizer", *arguments, **options)
+        return process.stderr or saved_states(tmp_path / folder)["last_Model_1.pth"]
+
+    whole = state("whole", optimizer, "--epochs", 3)
+    losses = [epoch["training_loss"] for epoch in whole["history"]]
+    assert losses[2] < losses[0]
+    state("parts", optimizer, "--epochs", 1)
+    assert same(state("parts", optimizer, "--epochs", 3, "--resume"), whole)
+    other = "sgd" if optimizer == "adam" else "adam"
+    errors = state("parts", other, "--epochs", 3, "--resume", check=False)
+    assert f"is of a run with --optimizer {optimizer}, not {other}: " in errors
+    assert same(saved_states(tmp_path / "parts")["last_Model_1.pth"], whole)
+
+
+def test_no_augment_trains_on_the_images_as_they_are(fit, tmp_path):
+    states = []
+    for index, flags in enumerate([["--no-augment"], ["--augment"], []]):
+        output = fit("--model", "Model_1", "--epochs", 1, *flags, "--output-dir", index).stdout
+        assert ("not augmented" in output) == (index == 0)
+        states.append(saved_states(tmp_path / str(index))["best_Model_1.pth"])
+    plain, augmented, default = states
+    assert same(augmented, default) and not same(augmented, plain)
+
+
+def test_a_bar_is_drawn_on_a_terminal_and_nowhere_else(small_data, tmp_path):
+    options = ["--model", "Model_1", "--epochs", "1", "--data-dir", str(small_data), "--device", "cpu"]
     terminal, its_end = pty.openpty()
     termios.tcsetwinsize(its_end, (24, 80))
-    command = [sys.executable, ROOT / SMALL, *options]
-    every_step = os.environ | {"TQDM_MININTERVAL": "0"}
+    command = [sys.executable, ROOT / "train.py", *options, "--batch-size", "10"]
+    every_step = ONE_THREAD | {"TQDM_MININTERVAL": "0"}
     pipes = {"stdout": subprocess.PIPE, "stderr": its_end}
     with subprocess.Popen(command, cwd=tmp_path, env=every_step, **pipes) as process:
         os.close(its_end)
@@ -114,30 +138,42 @@ def test_a_bar_is_drawn_on_a_terminal_and_nowhere_else(run, small_data, tmp_path
                 drawn += chunk
         output = process.stdout.read().decode()
     os.close(terminal)
-    assert b"Epoch 1" in drawn and b"8/8" in drawn and b"loss" in drawn
+    assert b"Epoch 1" in drawn and b"110/110" in drawn and re.search(rb"loss \d\.\d{3}, \d+\.\d\d%", drawn)
     assert len(BLOCK.findall(output)) == 1
+    assert not drawn.replace(b"\r", b"").replace(b"\x1b[A", b"").endswith(b"\n\n")
 
 
-def test_an_epoch_never_waits_for_the_device():
-    """Reading a value back would stop the host until the device has caught up."""
+class Reads(TorchDispatchMode):
+    """Counts how often a value is read back from the device."""
 
-    class Reads(TorchDispatchMode):
-        count = 0
+    count = 0
 
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            self.count += "_local_scalar_dense" in str(function)
-            return function(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += "_local_scalar_dense" in str(function)
+        return function(*args, **(kwargs or {}))
 
+
+@pytest.fixture
+def epoch():
+    """Trains Model_3 for an epoch on these batches of noise; returns what `train_epoch` does."""
     torch.manual_seed(0)
     model = models.Model_3()
-    average = copy.deepcopy(model)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     images, labels = torch.randn(64, 1, 28, 28), torch.arange(64) % 10
-    loader = [(images, labels)] * 30
+
+    def epoch(batches):
+        loader = [(images, labels)] * batches
+        return train.train_epoch(model, copy.deepcopy(model), loader, optimizer, 1)
+
+    return epoch
+
+
+def test_an_epoch_never_waits_for_the_device(epoch):
+    """Reading a value back would stop the host until the device has caught up."""
     counts = []
-    for length in 10, 30:
+    for batches in 10, 60:
         with Reads() as reads:
-            train.train_epoch(model, average, loader[:length], optimizer, 1)
+            epoch(batches)
         counts.append(reads.count)
     assert counts[0] == counts[1] <= 2  # the epoch's loss and accuracy, at its end
 
@@ -160,18 +196,88 @@ def test_on_cuda_no_step_waits_for_the_device():
     train.train_epoch(model, copy.deepcopy(model), Watched([(images, labels)] * 5), optimizer, 1)
 
 
+def test_an_epochs_figures_and_average_are_those_of_a_plain_loop(mnist):
+    """The last batch is a short one; the average of the weights is compared with its closed form."""
+    images, labels = (tensor[:300] for tensor in mnist[1].dataset.tensors)
+    loader = list(zip(images.split(128), labels.split(128)))
+    torch.manual_seed(1)
+    model = models.Model_1()  # without dropout
+    plain = copy.deepcopy(model)
+    average = copy.deepcopy(model)
+    optimizer, other = (torch.optim.Adam(net.parameters(), lr=0.01, fused=True) for net in (model, plain))
+    loss, accuracy = train.train_epoch(model, average, loader, optimizer, 3, augmented=False)
+
+    losses, hits, expected = 0.0, 0, copy.deepcopy(plain).state_dict()
+    for step, (x, y) in enumerate(loader, 1 + 2 * len(loader)):  # it is the third epoch
+        logits = plain(x)
+        each = cross_entropy(logits, y, reduction="none")
+        losses, hits = losses + float(each.detach().sum()), hits + int((logits.argmax(1) == y).sum())
+        other.zero_grad()
+        each.mean().backward()
+        other.step()
+        weight = 9 / (9 + step)
+        expected = {k: (1 - weight) * v + weight * plain.state_dict()[k] for k, v in expected.items()}
+    assert loss == pytest.approx(losses / 300, rel=1e-5) and accuracy == pytest.approx(hits / 300)
+    torch.testing.assert_close(dict(average.state_dict()), expected, rtol=1e-4, atol=1e-5)
+
+
+def table(output):
+    """The rows of the table at the end, each a name and what follows it."""
+    (text,) = re.findall(r"\nModel_\w+ +Validation +Test\n(.*)\Z", output, re.DOTALL)
+    return dict(re.split(r"  +", line, maxsplit=1) for line in text.splitlines())
+
+
+def best_weights(folder):
+    return {name: state for name, state in saved_states(folder).items() if name.startswith("best")}
+
+
+def test_runs_and_folds_end_with_a_table_and_the_ensemble(fit, tmp_path):
+    options = "--model", "Model_1", "--epochs", 2
+    output = fit(*options, "--runs", 3, "--seed", 4).stdout
+    rows = table(output)
+    assert list(rows) == ["seed 4", "seed 5", "seed 6", "mean ± sd", "lowest", "ensemble"]
+    tests = [float(line[0]) for line in TEST_LINE.findall(output)]
+    assert [float(rows[f"seed {seed}"].split()[1][:-1]) for seed in (4, 5, 6)] == tests
+    mean, _, spread = rows["mean ± sd"].split()[3:]
+    assert float(mean[:-1]) == pytest.approx(sum(tests) / 3, abs=0.01)
+    assert float(spread[:-1]) == pytest.approx(torch.tensor(tests).std().item(), abs=0.01)
+    assert float(rows["lowest"].split()[1][:-1]) == min(tests)
+
+    # The ensemble's accuracy is what the saved files give.
+    images, labels = (tensor[:1_000] for tensor in datafile.get_loaders()[2].dataset.tensors)
+    classifiers = [checkpoint.load(tmp_path / f"best_Model_1_seed{seed}.pth") for seed in (4, 5, 6)]
+    with torch.no_grad():
+        together = sum(model(images).softmax(1) for model in classifiers)
+    accuracy = (together.argmax(1) == labels).float().mean().item()
+    assert float(rows["ensemble"][:-1]) == pytest.approx(100 * accuracy, abs=0.005)
+
+    fit(*options, "--seed", 5, "--output-dir", "alone")
+    alone = best_weights(tmp_path / "alone")["best_Model_1.pth"]
+    assert same(alone, best_weights(tmp_path)["best_Model_1_seed5.pth"])
+
+    rows = table(fit(*options, "--folds", 2, "--output-dir", "folds").stdout)
+    assert list(rows) == ["fold 1", "fold 2", "mean ± sd", "lowest", "ensemble"]
+    assert set(best_weights(tmp_path / "folds")) == {"best_Model_1_fold1.pth", "best_Model_1_fold2.pth"}
+    process = fit(*options, "--folds", 3, "--output-dir", "folds", "--resume", check=False)
+    assert "is of a run with --folds 1 of 2, not 1 of 3" in process.stderr
+
+
 MISTAKES = [
     (["--epochs", "0"], 2, "--epochs"),
     (["--epochs", "two"], 2, "--epochs"),
     (["--batch-size", "0"], 2, "--batch-size"),
+    (["--batch-size", "99999999999999999999"], 2, "--batch-size"),
     (["--lr", "nan"], 2, "--lr"),
     (["--lr", "inf"], 2, "--lr"),
     (["--lr", "0"], 2, "--lr"),
     (["--seed", "-1"], 2, "--seed"),
     (["--early-stopping", "0"], 2, "--early-stopping"),
-    (["--model", "Model_4"], 2, "Model_4"),
+    (["--runs", "1"], 2, "--runs"),
+    (["--runs", "2", "--folds", "2"], 2, "--folds"),
+    (["--model", "Model_99"], 2, "Model_99"),
     (["--device", "abacus"], 2, "abacus"),
     (["--device", "cuda:99"], 2, "cuda:99"),
+    (["--device", "hpu"], 2, "hpu"),
     (["--device", "meta"], 2, "meta"),
     (["--output-dir", "a_file"], 1, "a_file"),
     (["--output-dir", "/proc"], 1, "/proc"),
@@ -182,45 +288,73 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("arguments, status, named", MISTAKES, ids=lambda value: str(value))
-def test_a_mistake_is_one_sentence_and_leaves_everything_alone(
-    arguments, status, named, tmp_path, monkeypatch, capsys
-):
+def test_a_mistake_is_one_sentence_and_leaves_everything_alone(arguments, status, named, tmp_path, call):
     (tmp_path / "a_file").write_text("mine")
     (tmp_path / "best_Model_3.pth").write_text("mine too")
     (tmp_path / "has_a_folder" / "best_Model_3.pth").mkdir(parents=True)
     raw_dir = tmp_path / "broken" / "MNIST" / "raw"
     raw_dir.mkdir(parents=True)
-    for name in datafile.SHAPES:
+    for name in datafile.FILES:
         (raw_dir / name).write_bytes(b"not MNIST")
 
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    with pytest.raises(SystemExit) as caught:
-        train.main()
-    printed = capsys.readouterr()
-    if status == 1:  # Python prints the message and exits with status 1
-        sentence = caught.value.code
-    else:
-        assert caught.value.code == status and printed.err.startswith("usage: ")
-        sentence = printed.err.splitlines()[-1]
-    assert sentence.startswith("train.py: error: ") and named in sentence and "\n" not in sentence
-    assert printed.out == ""
+    process = call("train.py", *arguments, check=False)
+    assert process.returncode == status and process.stdout == ""
+    *usage, sentence = process.stderr.splitlines()
+    assert not usage if status == 1 else usage[0].startswith("usage: ")
+    assert sentence.startswith("train.py: error: ") and named in sentence
     assert (tmp_path / "a_file").read_text() == "mine"
     assert (tmp_path / "best_Model_3.pth").read_text() == "mine too"
 
 
-def test_a_failure_is_one_line_on_standard_error_and_status_1(run, tmp_path):
+def test_a_failure_is_one_line_on_standard_error_and_status_1(run):
     process = run("train.py", "--output-dir", "/proc", check=False)
     assert (process.returncode, process.stdout) == (1, "")
     assert process.stderr.startswith("train.py: error: ") and process.stderr.count("\n") == 1
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_best_model(run, small_data, tmp_path):
+def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_best_model(fit, tmp_path):
     (tmp_path / "best_Model_1.pth").write_text("mine")
-    process = run(SMALL, "--model", "Model_1", "--lr", "1e30", "--data-dir", small_data, check=False)
+    process = fit("--model", "Model_1", "--lr", "1e30", check=False)
     assert process.returncode == 1
     assert re.fullmatch(
         r"train.py: error: the loss became (nan|inf) in epoch 1, step 2, at a learning rate of 1e\+30: .*\n",
         process.stderr,
     )
     assert (tmp_path / "best_Model_1.pth").read_text() == "mine"
+
+
+def test_weights_that_are_not_finite_after_an_epochs_last_step_are_not_saved(fit, tmp_path):
+    """The only step of the epoch has a good loss, and spoils the weights."""
+    process = fit("--model", "Model_1", "--lr", "1e38", "--batch-size", 2_000, check=False)
+    sentence = "train.py: error: the loss became nan after epoch 1, at a learning rate of 1e+38: "
+    assert process.returncode == 1 and process.stderr.startswith(sentence)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_main_can_be_called_again_and_in_a_thread(fit):
+    for _ in range(2):
+        fit("--model", "Model_1", "--epochs", 1)
+    outputs = []
+    thread = threading.Thread(target=lambda: outputs.append(fit("--model", "Model_1", "--epochs", 1).stdout))
+    thread.start()
+    thread.join()
+    assert len(BLOCK.findall(outputs[0])) == 1
+
+
+def test_without_docstrings_and_with_torchruns_leftovers_it_runs(run, small_data):
+    stale = ONE_THREAD | {"PYTHONOPTIMIZE": "2", "WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
+    options = "--model", "Model_1", "--epochs", 1, "--data-dir", small_data, "--device", "cpu"
+    assert len(BLOCK.findall(run("train.py", *options, env=stale).stdout)) == 1
+
+
+def test_an_older_python_is_named_in_one_sentence():
+    code = f"import sys, runpy; sys.version_info = (3, 9, 1); sys.path.insert(0, {str(ROOT)!r}); "
+    for script in "train.py", "evaluate.py":
+        command = [
+            sys.executable,
+            "-c",
+            code + f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')",
+        ]
+        process = subprocess.run(command, capture_output=True, text=True)
+        assert process.returncode == 1
+        assert process.stderr == "this project needs Python 3.10 or newer; this is Python 3.9\n"

@@ -1,7 +1,7 @@
 """What this project costs, in ratios to what it could cost: the figures of README.md's speed table.
 
-    python tests/benchmark.py          # all rows, about 25 minutes, nothing else running
-    python tests/benchmark.py 1 2 4    # these rows
+    python tests/measure/benchmark.py          # all rows, about 25 minutes, nothing else running
+    python tests/measure/benchmark.py 1 2 4    # these rows
 
 Both sides of a ratio are measured in turn, after a first round that is not counted; a figure is the
 median of the ratios of three rounds or more, so that a slow minute of the machine weighs on both sides.
@@ -26,11 +26,12 @@ from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 import datafile  # noqa: E402
 import models  # noqa: E402
 import train  # noqa: E402
+from support import process  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -261,7 +262,7 @@ def time_steps(images, model):
 def half_a_batch(rank, folder):
     """Times the training steps of one of two workers that share each batch."""
     torch.set_num_threads(1)
-    train.keep_memory()
+    process.keep_freed_memory()
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     seconds = time_steps(torch.rand(64, 1, 28, 28), DistributedDataParallel(models.Model_3()))
     if rank == 0:
@@ -313,7 +314,7 @@ ROWS = [
 def main():
     versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
     print(f"{versions}, {DEVICE}, {os.cpu_count()} CPU cores")
-    train.keep_memory()  # as a run does before its first epoch
+    process.keep_freed_memory()  # as a run does before its first epoch
     chosen = [int(number) for number in sys.argv[1:]] or range(1, 1 + len(ROWS))
     for row in chosen:
         print(f"{ROWS[row - 1].__doc__}: {ROWS[row - 1]()}", flush=True)

@@ -1,7 +1,7 @@
 """Digits that are not MNIST's: drawn with handwriting-like fonts, as if photographed, scanned or exported.
 
-python tests/drawings.py best_Model_3.pth    # draws 110 in a folder that is then deleted; how many are read
-python tests/drawings.py best_Model_3.pth 1 2 3    # with other seeds
+python tests/measure/fonts.py best_Model_3.pth            # draws 110 in a folder that is then deleted
+python tests/measure/fonts.py best_Model_3.pth 0 5 6 7 8  # 110 for each of these seeds
 """
 
 import math
@@ -14,9 +14,10 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import datafile  # noqa: E402
-from models import checkpoint  # noqa: E402
+from support import checkpoint  # noqa: E402
+from support.drawings import read_drawing  # noqa: E402
 
 FONTS = [  # from the Debian packages that .ci/run installs
     "truetype/fifthhorseman/dkg.ttf",
@@ -106,7 +107,7 @@ def draw_all(folder, seed=0):
 @torch.no_grad()
 def accuracy(model, drawings):
     """Returns the fraction of the drawings, pairs of a path and a digit, that a model reads as that digit."""
-    images = torch.stack([datafile.read_drawing(path) for path, _ in drawings])
+    images = torch.stack([read_drawing(path) for path, _ in drawings])
     digits = torch.tensor([digit for _, digit in drawings])
     return float((model(datafile.normalize(images)).argmax(1) == digits).float().mean())
 

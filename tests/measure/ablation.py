@@ -1,7 +1,7 @@
 """What one ingredient of Model_3's recipe is worth: train.py without it.
 
-    python tests/ablation.py pose --runs 5 --output-dir without_pose
-    torchrun --nproc-per-node=2 tests/ablation.py symmetry --runs 5 --output-dir without_symmetry
+    python tests/measure/ablation.py deskewing --runs 5 --output-dir without_deskewing
+    torchrun --nproc-per-node=2 tests/measure/ablation.py symmetry --runs 5 --output-dir without_symmetry
 
 The first argument says what to leave out; the others are train.py's.
 """
@@ -11,23 +11,23 @@ from pathlib import Path
 
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import models  # noqa: E402
 import train  # noqa: E402
 from models import model_3  # noqa: E402
-from models.model_2 import Upright  # noqa: E402
+from models.layers import Deskew  # noqa: E402
 
 
 class Background(nn.Module):
-    """What is left of `Upright` without its pose: the background at 0."""
+    """What is left of `Deskew` without its effect: the background at 0."""
 
     def forward(self, images):
-        return images - Upright.BACKGROUND
+        return images - Deskew.BACKGROUND
 
 
 def plain_filters():
     """Model_3 with ordinary convolutions, as wide as its number of parameters allows."""
-    layers = [Upright()]
+    layers = [Deskew()]
     for inputs, outputs, size in (1, 8, 5), (8, 8, 3), (8, 11, 3), (11, 11, 3), (11, 11, 3):
         layers += [nn.Conv2d(inputs, outputs, size, 2 if size == 5 else 1, size // 2, bias=False)]
         layers += [nn.BatchNorm2d(outputs), nn.ReLU()]
@@ -37,8 +37,8 @@ def plain_filters():
     return nn.Sequential(*layers)
 
 
-def pose():
-    model_3.Upright = Background
+def deskewing():
+    model_3.Deskew = Background
 
 
 def symmetry():
@@ -59,7 +59,7 @@ def plateau():
     train.ReduceLROnPlateau = lambda optimizer, **options: scheduler(optimizer, **options | {"patience": 99})
 
 
-VARIANTS = {function.__name__: function for function in (pose, symmetry, averaging, dropout, plateau)}
+VARIANTS = {function.__name__: function for function in (deskewing, symmetry, averaging, dropout, plateau)}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in VARIANTS:

@@ -1,0 +1,88 @@
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class Deskew(nn.Module):
+    """Brings each digit into a standard position: centred, without slant, of a more even size.
+
+    Nothing here is learned; the position is read off the moments of the ink. The centre is its mean,
+    the slant its regression of x on y, and its standard deviations, along y and across the slant, are
+    moved halfway (on a logarithmic scale) to those of an average digit. After C.-L. Liu et al.,
+    "Handwritten digit recognition: investigation of normalization and feature extraction
+    techniques", Pattern Recognition 37(2), 2004.
+
+    Takes normalised images, float32 (N, 1, 28, 28); returns the same with the background at 0.
+    """
+
+    BACKGROUND = -0.1307 / 0.3081  # a pixel without ink, normalised
+    WIDTH, HEIGHT = 0.26, 0.39  # standard deviations of an average digit, half a side being 1
+
+    def __init__(self):
+        super().__init__()
+        axis = (torch.arange(28) + 0.5) / 14 - 1  # the centres of the pixels, from -1 to 1
+        y, x = (plane.flatten() for plane in torch.meshgrid(axis, axis, indexing="ij"))
+        self.register_buffer("monomials", torch.stack([x**0, x, y, x * x, x * y, y * y], 1), persistent=False)
+        # The same axis to the last bit as that of `affine_grid`, which takes ten times as long on a CPU.
+        self.register_buffer("axis", torch.linspace(-1, 1, 28) * 27 / 28, persistent=False)
+
+    def forward(self, images):
+        ink = F.relu(images - self.BACKGROUND)
+        moments = ink.flatten(1) @ self.monomials
+        x, y, xx, xy, yy = (moments[:, 1:] / moments[:, :1].clamp(min=1e-3)).unbind(1)
+        xx, xy, yy = xx - x * x, xy - x * y, (yy - y * y).clamp(min=1e-3)
+        x, y, xx, xy, yy = (moment[:, None, None] for moment in (x, y, xx, xy, yy))
+        slant = xy / yy
+        height = (yy.sqrt() / self.HEIGHT).sqrt()
+        width = ((xx - slant * xy).clamp(min=1e-2).sqrt() / self.WIDTH).sqrt()
+        right, down = self.axis, self.axis[:, None]
+        x = width * right + slant * height * down + x
+        y = (height * down + y).expand_as(x)
+        return F.grid_sample(ink, torch.stack([x, y], 3), align_corners=False)
+
+
+class P4MConv2d(nn.Module):
+    """A convolution, without bias, that uses each learned filter in eight orientations.
+
+    A stroke is a stroke whichever way it runs: one set of weights gives eight filters, in four
+    rotations, each also mirrored, and eight channels. Where the input consists of such channels, the
+    slices of a filter are permuted as it is turned, so that the layer is equivariant: an input turned
+    or mirrored gives the same output turned or mirrored, its channels permuted. The group is p4m of
+    T. Cohen, M. Welling, "Group equivariant convolutional networks", ICML 2016.
+
+    Takes float32 (N, orientations * in_filters, H, W), returns float32 (N, 8 * filters, H', W'); the
+    orientations of a filter are neighbours. With `groups`, as many as the input has channels, each
+    channel meets filters of its own, in its own orientation, and their outputs are neighbours.
+
+    Args:
+        in_filters: number of the input's filters; 1 for plain images and for `groups` over 1.
+        filters: number of learned filters; with `groups` a multiple of groups / 8.
+        kernel_size, stride, padding, groups: as those of `nn.Conv2d`.
+        orientations: those of the input's filters: 8, or 1 for plain images and for `groups` over 1.
+    """
+
+    def __init__(self, in_filters, filters, kernel_size, stride=1, padding=0, groups=1, orientations=8):
+        super().__init__()
+        mirrors, turns = (2, 4) if orientations == 8 else (1, 1)
+        self.weight = nn.Parameter(torch.empty(filters, in_filters, mirrors, turns, kernel_size, kernel_size))
+        nn.init.normal_(self.weight, std=self.weight[0].numel() ** -0.5)
+        self.stride, self.padding, self.groups = stride, padding, groups
+
+        # Which weight stands where in the eight orientations: found by turning and mirroring their numbers.
+        numbers = torch.arange(self.weight.numel()).view_as(self.weight)
+        views = []
+        for view in numbers, numbers.flip(-1, 2, 3).roll(1, 3):
+            for _ in range(4):
+                views.append(view)
+                view = view.rot90(1, (-2, -1)).roll(1, 3)
+        index = torch.stack(views, 1).flatten(2, 4).flatten(0, 1)
+        index = index.unflatten(0, (-1, groups)).transpose(0, 1).flatten(0, 1)  # each group's together
+        self.register_buffer("index", index, persistent=False)
+
+    def kernels(self):
+        """Returns the filters in all orientations: (8 * filters, orientations * in_filters, size, size)."""
+        return self.weight.flatten()[self.index]
+
+    def forward(self, images):
+        output = F.conv2d(images, self.kernels(), None, self.stride, self.padding, groups=self.groups)
+        return output.contiguous(memory_format=torch.channels_last)  # a third faster on a CPU

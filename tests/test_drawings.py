@@ -1,0 +1,145 @@
+import struct
+import zlib
+
+import fonts
+import pytest
+import torch
+from PIL import Image
+
+from conftest import seven
+from support import checkpoint, drawings
+
+needs_fonts = pytest.mark.skipif(
+    not all((fonts.FONT_FOLDER / font).exists() for font in fonts.FONTS),
+    reason="needs the handwriting fonts: the fonts-... packages in .ci/run",
+)
+
+
+@needs_fonts
+def test_nine_of_ten_drawings_are_read(trained, tmp_path):
+    drawn = fonts.draw_all(tmp_path)
+    assert len(drawn) >= 100
+    model = checkpoint.load(trained / "best_Model_3.pth")
+    assert fonts.accuracy(model, drawn) >= 0.9
+
+
+def test_a_drawing_takes_the_form_of_mnist(tmp_path):
+    for name, picture in {
+        "dark.png": seven(),
+        "light.png": seven(ink=200, paper=20),
+        "faint.png": seven(ink=200, paper=230),
+        "small.png": seven(30),
+        "large.png": seven(1500),
+        "black_and_white.png": seven(1500, mode="1"),
+        "palette.gif": seven(mode="P"),
+        "print.jpg": seven(mode="CMYK"),
+        "video.tif": seven(mode="YCbCr"),
+        "sixteen_bits.png": seven(1500, mode="I").point(lambda value: value * 200 + 1000).convert("I;16"),
+    }.items():
+        picture.save(tmp_path / name)
+        image = drawings.read_drawing(tmp_path / name)
+        assert image.shape == (28, 28) and image.dtype == torch.uint8 and image.max() == 255, name
+        ink = image.float()
+        rows, columns = (ink.sum(dimension).nonzero() for dimension in (1, 0))
+        height, width = (int(found[-1] - found[0]) + 1 for found in (rows, columns))
+        assert max(height, width) in (19, 20) and 60 < ink.sum() / 255 < 150, name
+        place = torch.arange(28.0)
+        for dimension in 0, 1:
+            centre = float((ink.sum(dimension) * place).sum() / ink.sum())
+            assert centre == pytest.approx(13.5, abs=0.6), name
+
+
+def test_a_picture_without_a_digit_is_empty(tmp_path):
+    for picture in [
+        Image.new("L", (1, 1)),
+        Image.new("L", (1, 3_000)),
+        Image.new("LAB", (20, 20)),
+        Image.new("RGBA", (50, 50)),
+        Image.effect_noise((300, 300), 60),
+        Image.linear_gradient("L"),
+    ]:
+        picture.save(tmp_path / "nothing.tif")
+        with pytest.raises(drawings.DrawingError, match="is empty"):
+            drawings.read_drawing(tmp_path / "nothing.tif")
+
+
+def test_transparent_paper_is_no_ink(tmp_path):
+    expected = None
+    for name, colour in ("black", (0, 0, 0)), ("white", (255, 255, 255)), ("red", (200, 30, 30)):
+        picture = Image.new("RGBA", (200, 200), colour)
+        picture.putalpha(seven(ink=255, paper=0))
+        picture.save(tmp_path / f"{name}.png")
+        image = drawings.read_drawing(tmp_path / f"{name}.png").int()
+        expected = image if expected is None else expected
+        assert (image - expected).abs().max() <= 8, name
+
+
+def test_a_turned_photograph_is_set_upright(tmp_path):
+    upright = seven(mode="RGB")
+    upright.save(tmp_path / "upright.png")
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    orientation = Image.Exif()
+    orientation[0x0112] = 6  # to be turned clockwise by whoever shows it
+    turned.save(tmp_path / "turned.png", exif=orientation)
+    images = [drawings.read_drawing(tmp_path / name).int() for name in ("upright.png", "turned.png")]
+    assert (images[0] - images[1]).abs().max() <= 16
+
+
+def huge_png(width, height):
+    """A PNG file of a few bytes that announces a picture of this size."""
+
+    def chunk(kind, content):
+        check = struct.pack(">I", zlib.crc32(kind + content))
+        return struct.pack(">I", len(content)) + kind + content + check
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1_000)))
+
+
+def test_of_a_folder_the_pictures_are_read_and_what_is_none_is_an_error(tmp_path):
+    folder = tmp_path / "digits"
+    (folder / "more.png").mkdir(parents=True)
+    seven().save(folder / "a sêven.png")
+    for name in ".hidden.png", "Thumbs.db", "desktop.ini", "notes.txt":
+        (folder / name).write_text("passed over")
+    (folder / "blank.png").write_bytes(b"")
+    Image.new("L", (100, 100), 255).save(folder / "empty.png")
+    (folder / "bomb.png").write_bytes(huge_png(60_000, 60_000))
+    (folder / "cut.png").write_bytes((folder / "a sêven.png").read_bytes()[:150])
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "notes.txt").write_text("7")
+    seven(ink=255, paper=0).save(tmp_path / "other.png")
+    paths = [tmp_path / name for name in ("digits", "nothing", "missing.png", "notes.txt", "other.png")]
+    reasons = {}
+    for path, read in drawings.read_drawings(paths):
+        reasons[path.name] = None if isinstance(read, torch.Tensor) else str(read)
+        assert reasons[path.name] is None or str(path) in str(read)
+    assert list(reasons) == [
+        *("a sêven.png", "blank.png", "bomb.png", "cut.png", "empty.png"),
+        *("nothing", "missing.png", "notes.txt", "other.png"),
+    ]
+    assert reasons["a sêven.png"] is None and reasons["other.png"] is None
+    for name, reason in [
+        ("blank.png", "is not a picture that can be read"),
+        ("bomb.png", "is too large: it has over "),
+        ("cut.png", "is not a picture that can be read"),
+        ("empty.png", "is empty: there is nothing on its background"),
+        ("nothing", "there is no picture in the folder"),
+        ("missing.png", "there is no file"),
+        ("notes.txt", "is not a picture that can be read"),
+    ]:
+        assert reason in reasons[name]
+
+
+def test_a_folder_that_cannot_be_read_is_an_error_and_the_rest_goes_on(tmp_path, monkeypatch):
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    seven().save(tmp_path / "seven.png")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(type(locked), "iterdir", refuse)  # root may read everything
+    (_, error), (_, digit) = drawings.read_drawings([locked, tmp_path / "seven.png"])
+    assert isinstance(error, PermissionError) and str(locked) in str(error)
+    assert digit.shape == (28, 28)

@@ -1,0 +1,74 @@
+"""Where things stand: what a module may import, and what adding a model takes."""
+
+import ast
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ONE_THREAD, ROOT
+
+ALLOWED = {  # what of the project a module may import
+    "models": {"models"},
+    "support": {"models", "support"},
+    "datafile": set(),
+    "train": {"datafile", "models", "support"},
+    "evaluate": {"datafile", "models", "support"},
+}
+MODULES = [*ROOT.glob("*.py"), *ROOT.glob("models/*.py"), *ROOT.glob("support/*.py")]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_one_way_and_functions_fit_on_a_screen(path):
+    place = path.parent.name if path.parent != ROOT else path.stem
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [place if node.level else node.module]
+        found = {name.split(".")[0] for name in names} & ALLOWED.keys()
+        assert found <= ALLOWED[place], f"line {node.lineno}"
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
+
+
+MODEL_4 = '''
+import torch
+from torch import nn
+
+
+class Model_4(nn.Module):
+    """A perceptron of 7,960 parameters: no Sequential, and without a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.out = nn.Linear(784, 10), nn.Linear(10, 10)
+
+    def forward(self, images):
+        return self.out(torch.relu(self.hidden(images.flatten(1))))
+'''
+
+
+def test_a_model_is_added_by_a_file_an_import_and_a_recipe(small_data, tmp_path):
+    copy = tmp_path / "project"
+    shutil.copytree(
+        ROOT, copy, ignore=shutil.ignore_patterns(".git", "data", "tests", "*.pth", "__pycache__")
+    )
+    (copy / "models" / "model_4.py").write_text(MODEL_4)
+    with (copy / "models" / "__init__.py").open("a") as file:
+        file.write("from .model_4 import Model_4 as Model_4\n")
+    script = (copy / "train.py").read_text()
+    row = '    "Model_4": Recipe(1, dict.fromkeys(["adam", "adamw", "nadam", "radam", "sgd"], 0.01)),\n'
+    (copy / "train.py").write_text(script.replace("RECIPES = {\n", "RECIPES = {\n" + row))
+
+    def run(*arguments):
+        options = "--data-dir", small_data, "--device", "cpu", "--plot", "plots"
+        command = [sys.executable, *map(str, arguments + options)]
+        process = subprocess.run(command, cwd=copy, env=ONE_THREAD, capture_output=True, text=True)
+        assert process.returncode == 0, process.stderr
+        return process.stdout
+
+    assert "Test Accuracy: " in run("train.py", "--model", "Model_4")
+    assert "best_Model_4.pth: Model_4, 7,960 parameters\n" in run("evaluate.py", "best_Model_4.pth")
+    plots = {path.stem for path in (copy / "plots").iterdir()}
+    assert plots == {"curves_Model_4", "confusion", "mistakes", "saliency"}

@@ -1,0 +1,59 @@
+import pytest
+import torch
+from PIL import Image
+
+from conftest import ONE_THREAD, seven
+from support import checkpoint, plots
+
+
+def is_small_png(path):
+    with Image.open(path) as image:
+        return image.format == "PNG" and image.width >= 300 and path.stat().st_size < 200_000
+
+
+def test_pictures_are_drawn_small(call, fit, trained, small_data, tmp_path):
+    seven().save(tmp_path / "seven.png")
+    model, options = trained / "best_Model_1.pth", ("--device", "cpu", "--plot", "plots")
+    call("evaluate.py", model, trained / "best_Model_3.pth", "--data-dir", small_data, *options)
+    call("evaluate.py", model, "--images", *["seven.png"] * 3, *options)
+    output = fit("--model", "Model_1", "--epochs", 2, "--runs", 2, "--plot", "plots").stdout
+    names = {"confusion", "mistakes", "filters", "saliency", "seen"}
+    names |= {"curves_Model_1_seed0", "curves_Model_1_seed1"}
+    assert {path.stem for path in (tmp_path / "plots").iterdir()} == names
+    assert all(is_small_png(path) for path in (tmp_path / "plots").iterdir())
+    assert "See plots/curves_Model_1_seed0.png\n" in output
+
+
+def test_saliency_is_the_size_of_the_gradient(trained, mnist):
+    """A small step along its largest pixel changes the logit by that much."""
+    images, labels = (tensor[:5] for tensor in mnist[2].dataset.tensors)
+    model = checkpoint.load(trained / "best_Model_1.pth")
+    found = plots.saliency([model], images, labels)
+    assert found.shape == (5, 28, 28) and not images.requires_grad
+    model.double()
+    for image, label, pixels in zip(images.double(), labels, found):
+        step = torch.zeros(784).double()
+        step[pixels.argmax()] = 1e-5
+        moved = torch.stack([image + step.view(1, 28, 28), image - step.view(1, 28, 28)])
+        change = model(moved)[:, label].diff().abs().item() / 2e-5
+        assert change == pytest.approx(pixels.max().item(), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (None, "needs matplotlib: pip install matplotlib"),
+        ("raise ImportError('numpy.core failed to import\\nsecond line')", "numpy.core failed to import"),
+        ("import numpy.no_such_module", "No module named 'numpy.no_such_module'"),
+        ("raise AttributeError('_ARRAY_API not found')", "_ARRAY_API not found"),
+    ],
+)
+def test_a_missing_or_broken_matplotlib_is_one_sentence(run, trained, tmp_path, content, reason):
+    missing = "raise ModuleNotFoundError(\"No module named 'matplotlib'\", name='matplotlib')"
+    (tmp_path / "matplotlib.py").write_text(content or missing)
+    environment = ONE_THREAD | {"PYTHONPATH": str(tmp_path)}
+    for arguments in ("train.py",), ("evaluate.py", trained / "best_Model_1.pth"):
+        process = run(*arguments, "--plot", "plots", env=environment, check=False)
+        assert process.returncode == 1 and "Epoch" not in process.stdout
+        assert process.stderr.startswith(f"{arguments[0]}: error: --plot needs matplotlib")
+        assert process.stderr.rstrip().endswith(reason) and process.stderr.count("\n") == 1
