@@ -85,6 +85,27 @@ def test_a_turned_photograph_is_set_upright(tmp_path):
     assert (images[0] - images[1]).abs().max() <= 16
 
 
+def test_a_stain_beside_the_digit_changes_nothing(tmp_path):
+    clean, stained = seven(), seven()
+    stained.paste(0, (6, 150, 16, 160))
+    images = []
+    for picture in clean, stained:
+        picture.save(tmp_path / "seven.png")
+        images.append(drawings.read_drawing(tmp_path / "seven.png").int())
+    assert (images[0] - images[1]).abs().max() <= 16
+
+
+def test_a_small_digit_on_a_large_page_is_looked_at_closely(tmp_path):
+    """A tenth of the page wide, it would be 13 pixels wide where the paper is told from the ink."""
+    page = Image.new("L", (1000, 1000), 255)
+    page.paste(seven(100), (700, 40))
+    images = []
+    for picture in page, seven(100):
+        picture.save(tmp_path / "seven.png")
+        images.append(drawings.read_drawing(tmp_path / "seven.png").float() / 255)
+    assert (images[0] - images[1]).abs().mean() < 0.01
+
+
 def huge_png(width, height):
     """A PNG file of a few bytes that announces a picture of this size."""
 
