@@ -41,48 +41,84 @@ class Deskew(nn.Module):
         return F.grid_sample(ink, torch.stack([x, y], 3), align_corners=False)
 
 
+def orient(filters):
+    """Returns filters in eight orientations: four rotations, and the four of their mirror images.
+
+    Where the slices of a filter are themselves orientations, they are permuted as the filter is turned, so
+    that a convolution with the result is equivariant: an input turned or mirrored gives the same output
+    turned or mirrored, its channels permuted. The group is p4m of T. Cohen, M. Welling, "Group equivariant
+    convolutional networks", ICML 2016.
+
+    Takes (F, C, mirrors, turns, K, K), the orientations of the C inputs being 2 x 4 or, for plain images,
+    1 x 1; returns (8 * F, C * mirrors * turns, K, K), the orientations of a filter side by side.
+    """
+    views = []
+    for view in filters, filters.flip(-1, 2, 3).roll(1, 3):
+        for _ in range(4):
+            views.append(view)
+            view = view.rot90(1, (-2, -1)).roll(1, 3)
+    return torch.stack(views, 1).flatten(2, 4).flatten(0, 1)
+
+
 class P4MConv2d(nn.Module):
-    """A convolution, without bias, that uses each learned filter in eight orientations.
+    """A convolution, without bias, that uses each learned filter in eight orientations (see `orient`).
 
-    A stroke is a stroke whichever way it runs: one set of weights gives eight filters, in four
-    rotations, each also mirrored, and eight channels. Where the input consists of such channels, the
-    slices of a filter are permuted as it is turned, so that the layer is equivariant: an input turned
-    or mirrored gives the same output turned or mirrored, its channels permuted. The group is p4m of
-    T. Cohen, M. Welling, "Group equivariant convolutional networks", ICML 2016.
-
-    Takes float32 (N, orientations * in_filters, H, W), returns float32 (N, 8 * filters, H', W'); the
-    orientations of a filter are neighbours. With `groups`, as many as the input has channels, each
-    channel meets filters of its own, in its own orientation, and their outputs are neighbours.
+    A stroke is a stroke whichever way it runs: one set of weights gives eight filters and eight channels.
+    Takes float32 (N, orientations * in_filters, H, W), returns float32 (N, 8 * filters, H', W').
 
     Args:
-        in_filters: number of the input's filters; 1 for plain images and for `groups` over 1.
-        filters: number of learned filters; with `groups` a multiple of groups / 8.
-        kernel_size, stride, padding, groups: as those of `nn.Conv2d`.
-        orientations: those of the input's filters: 8, or 1 for plain images and for `groups` over 1.
+        in_filters: number of the input's filters; 1 for plain images.
+        filters: number of learned filters.
+        kernel_size, stride, padding: as those of `nn.Conv2d`.
+        orientations: those of the input's filters: 8, or 1 for plain images.
     """
 
-    def __init__(self, in_filters, filters, kernel_size, stride=1, padding=0, groups=1, orientations=8):
+    def __init__(self, in_filters, filters, kernel_size, stride=1, padding=0, orientations=8):
         super().__init__()
         mirrors, turns = (2, 4) if orientations == 8 else (1, 1)
         self.weight = nn.Parameter(torch.empty(filters, in_filters, mirrors, turns, kernel_size, kernel_size))
         nn.init.normal_(self.weight, std=self.weight[0].numel() ** -0.5)
-        self.stride, self.padding, self.groups = stride, padding, groups
-
-        # Which weight stands where in the eight orientations: found by turning and mirroring their numbers.
-        numbers = torch.arange(self.weight.numel()).view_as(self.weight)
-        views = []
-        for view in numbers, numbers.flip(-1, 2, 3).roll(1, 3):
-            for _ in range(4):
-                views.append(view)
-                view = view.rot90(1, (-2, -1)).roll(1, 3)
-        index = torch.stack(views, 1).flatten(2, 4).flatten(0, 1)
-        index = index.unflatten(0, (-1, groups)).transpose(0, 1).flatten(0, 1)  # each group's together
-        self.register_buffer("index", index, persistent=False)
+        self.stride, self.padding = stride, padding
+        # Which weight stands where, its channel last: from there on all is channels_last, faster on a CPU.
+        index = orient(torch.arange(self.weight.numel()).view_as(self.weight)).permute(0, 2, 3, 1)
+        self.shape = index.shape
+        self.register_buffer("index", index.flatten(), persistent=False)
 
     def kernels(self):
         """Returns the filters in all orientations: (8 * filters, orientations * in_filters, size, size)."""
-        return self.weight.flatten()[self.index]
+        return self.weight.flatten().index_select(0, self.index).view(self.shape).permute(0, 3, 1, 2)
 
     def forward(self, images):
-        output = F.conv2d(images, self.kernels(), None, self.stride, self.padding, groups=self.groups)
-        return output.contiguous(memory_format=torch.channels_last)  # a third faster on a CPU
+        return F.conv2d(images, self.kernels(), None, self.stride, self.padding)
+
+
+class P4MReadout(nn.Module):
+    """Reads each feature at learned places, each channel in its own orientation (see `orient`).
+
+    It is a convolution without bias, of as many groups as there are channels, whose kernel is as large as
+    the image. As a product with a matrix that is mostly zeros it takes, forward and back, a sixth of the time
+    with AVX2 and two thirds with AVX-512.
+
+    Takes float32 (N, 8 * features, size, size), returns float32 (N, 8 * features * places, 1, 1).
+
+    Args:
+        features: number of the input's filters.
+        places: numbers that are read from each channel.
+        size: of the image, in pixels.
+    """
+
+    def __init__(self, features, places, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(places * features, 1, 1, 1, size, size))
+        nn.init.normal_(self.weight, std=1 / size)
+        channels = 8 * features
+        index = orient(torch.arange(self.weight.numel()).view_as(self.weight)).flatten(1)
+        index = index.unflatten(0, (places, channels)).transpose(0, 1).flatten()  # a channel's side by side
+        self.register_buffer("index", index, persistent=False)
+        own_channel = torch.eye(channels).repeat_interleave(places, 0)[:, None]
+        self.register_buffer("own_channel", own_channel, persistent=False)  # (channels * places, 1, channels)
+
+    def forward(self, images):
+        kernels = self.weight.flatten().index_select(0, self.index).view(len(self.own_channel), -1, 1)
+        matrix = (kernels * self.own_channel).flatten(1)
+        return F.linear(images.permute(0, 2, 3, 1).flatten(1), matrix)[:, :, None, None]

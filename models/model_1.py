@@ -13,12 +13,12 @@ class Model_1(nn.Sequential):
         super().__init__(  # input: 1 x 28 x 28; then each output, and the parameters where there are any
             nn.Conv2d(1, 8, 3, padding=1),  # 8 x 28 x 28; 80
             nn.MaxPool2d(2),  # 8 x 14 x 14
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(8, 16, 3, padding=1),  # 16 x 14 x 14; 1,168
             nn.MaxPool2d(2),  # 16 x 7 x 7
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Flatten(),  # 784
             nn.Linear(784, 32),  # 32; 25,120
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Linear(32, 10),  # 10; 330
         )

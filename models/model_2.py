@@ -16,13 +16,13 @@ class Model_2(nn.Sequential):
             Deskew(),  # 1 x 28 x 28
             nn.Conv2d(1, 6, 3, padding=1),  # 6 x 28 x 28; 60
             nn.MaxPool2d(2),  # 6 x 14 x 14
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(6, 12, 3, padding=1),  # 12 x 14 x 14; 660
             nn.MaxPool2d(2),  # 12 x 7 x 7
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Flatten(),  # 588
             nn.Dropout(0.2),  # here: the next layer holds 14,136 of the 15,106 parameters
             nn.Linear(588, 24),  # 24; 14,136
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Linear(24, 10),  # 10; 250
         )

@@ -1,6 +1,6 @@
 from torch import nn
 
-from .layers import Deskew, P4MConv2d
+from .layers import Deskew, P4MConv2d, P4MReadout
 
 
 class Model_3(nn.Sequential):
@@ -16,24 +16,24 @@ class Model_3(nn.Sequential):
             Deskew(),  # 1 x 28 x 28
             P4MConv2d(1, 2, 5, stride=2, padding=2, orientations=1),  # 16 x 14 x 14; 50
             nn.BatchNorm2d(16),  # 32
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             P4MConv2d(2, 2, 3, padding=1),  # 16 x 14 x 14; 288
             nn.MaxPool2d(2),  # 16 x 7 x 7; at once, to leave what follows a quarter of the work
             nn.BatchNorm2d(16),  # 32
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             P4MConv2d(2, 4, 3, padding=1),  # 32 x 7 x 7; 576
             nn.BatchNorm2d(32),  # 64
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             P4MConv2d(4, 4, 3, padding=1),  # 32 x 7 x 7; 1,152
             nn.BatchNorm2d(32),  # 64
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             P4MConv2d(4, 4, 3, padding=1),  # 32 x 7 x 7; 1,152
             nn.BatchNorm2d(32),  # 64
-            nn.ReLU(),
-            P4MConv2d(1, 8, 7, groups=32, orientations=1),  # 64 x 1 x 1; 392: two places for each feature
+            nn.ReLU(inplace=True),
+            P4MReadout(4, 2, 7),  # 64 x 1 x 1; 392: two places for each channel
             nn.Flatten(),  # 64
             nn.LayerNorm(64, elementwise_affine=False),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Dropout(0.1),  # here, where a feature is a single number: no digit may hang on one of them
             nn.Linear(64, 10, bias=False),  # 640
         )

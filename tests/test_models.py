@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 import models
-from models.layers import Deskew, P4MConv2d
+from models.layers import Deskew, P4MConv2d, P4MReadout
 
 PARAMETERS = {"Model_1": 26_698, "Model_2": 15_106, "Model_3": 4_506}
 
@@ -95,9 +95,9 @@ def test_p4m_convolutions_follow_a_turned_and_a_mirrored_input():
     torch.testing.assert_close(mirrored, output.flip(-1, 2, 3).roll(1, 3), rtol=1e-4, atol=1e-5)
 
 
-def test_filters_for_single_channels_take_the_orientation_of_their_channel():
+def test_a_readout_takes_the_orientation_of_its_channel():
     torch.manual_seed(0)
-    layer = P4MConv2d(1, 6, 7, groups=24, orientations=1)  # two filters for each of three
+    layer = P4MReadout(3, 2, 7)
     features = torch.randn(4, 3, 2, 4, 7, 7)
     output = layer(features.flatten(1, 3)).view(4, 3, 2, 4, 2)
     turned = layer(features.rot90(1, (-2, -1)).roll(1, 3).flatten(1, 3)).view_as(output)
