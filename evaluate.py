@@ -37,7 +37,7 @@ def print_speed(model, loader):
 
     def seconds(function, *arguments):
         started = time.perf_counter()
-        float(function(*arguments)[0].sum())  # waits for the device
+        function(*arguments)[0].cpu()  # waits for the device
         return time.perf_counter() - started
 
     image = loader.dataset.tensors[0][:1]
@@ -54,10 +54,10 @@ def evaluate(models, args):
         args: the flags, as `parse_args` returns them.
     """
     loader = get_loaders(device=args.device, data_dir=args.data_dir)[2]
-    images, labels = loader.dataset.tensors
+    images, labels = (tensor.cpu() for tensor in loader.dataset.tensors)
     probabilities = []
     for path, model in models:
-        probabilities.append(predict(model, loader)[0].softmax(1))
+        probabilities.append(predict(model, loader)[0].cpu().softmax(1))
         parameters = sum(parameter.numel() for parameter in model.parameters())
         print_scores(f"{path}: {type(model).__name__}, {parameters:,} parameters", probabilities[-1], labels)
         print_speed(model, loader)
@@ -113,6 +113,7 @@ def main():
         if args.plot:
             plots.check_matplotlib()
             args.plot.mkdir(parents=True, exist_ok=True)
+        args.device = process.own_device(args.device)
         models = [(path, checkpoint.load(path, args.model).to(args.device)) for path in args.checkpoints]
         if not args.images:
             evaluate(models, args)

@@ -48,12 +48,13 @@ RECIPES = {
     "Model_3": Recipe(15, {"adam": 0.01, "adamw": 0.01, "nadam": 0.01, "radam": 0.01, "sgd": 0.1}),
 }
 OPTIMIZERS = {
-    "adam": functools.partial(optim.Adam, fused=True),
-    "adamw": functools.partial(optim.AdamW, fused=True),
+    "adam": optim.Adam,
+    "adamw": optim.AdamW,
     "nadam": optim.NAdam,
     "radam": optim.RAdam,
-    "sgd": functools.partial(optim.SGD, momentum=0.9, nesterov=True, fused=True),
+    "sgd": functools.partial(optim.SGD, momentum=0.9, nesterov=True),
 }
+FUSED = {"optimizers": ("adam", "adamw", "sgd"), "devices": ("cpu", "cuda", "mps")}  # one kernel for a step
 
 
 def train_epoch(model, average, loader, optimizer, epoch, augmented=True):
@@ -139,7 +140,9 @@ def start(name, args, seed, fold, loaders):
     settings = {flag: getattr(args, flag) for flag in ("batch_size", "optimizer", "augment")}
     settings |= {"model": name, "seed": seed, "lr": lr, "folds": part}
     model.to(args.device)
-    optimizer = OPTIMIZERS[args.optimizer](model.parameters(), lr=lr)
+    fused = args.optimizer in FUSED["optimizers"] and args.device.type in FUSED["devices"]
+    options = {"lr": lr, "fused": True} if fused else {"lr": lr}
+    optimizer = OPTIMIZERS[args.optimizer](model.parameters(), **options)
     scheduler = ReduceLROnPlateau(optimizer, mode="max", factor=0.1, patience=3)
     return TrainingState(model, optimizer, scheduler, loaders[0].sampler.generator, settings)
 
@@ -153,7 +156,7 @@ def run_epoch(state, train_loader, validation_loader, augmented):
     epoch, optimizer = len(state.history) + 1, state.optimizer
     lr = optimizer.param_groups[0]["lr"]
     loss, hits = train_epoch(state.model, state.average, train_loader, optimizer, epoch, augmented)
-    logits, labels = predict(state.average, validation_loader)
+    logits, labels = (tensor.cpu() for tensor in predict(state.average, validation_loader))
     validation_loss, validation_accuracy = cross_entropy(logits, labels).item(), accuracy(logits, labels)
     is_broken = checkpoint.find_not_finite(state.state_dict())  # such a file would be refused
     check_finite(math.nan if is_broken else validation_loss, f"after epoch {epoch}", optimizer)
@@ -213,7 +216,7 @@ def train(name, args, seed, fold=None):
         fit(state, loaders, args.epochs or RECIPES[name].epochs, args, last_path, best_path)
         best_epoch = state.best_epoch()
         state.average.load_state_dict(state.best)
-        logits, labels = predict(state.average, loaders[2])
+        logits, labels = (tensor.cpu() for tensor in predict(state.average, loaders[2]))
         print(f"Test Accuracy: {accuracy(logits, labels):.2%} (epoch {best_epoch}, {best_path.name})")
         if args.plot:
             path = args.plot / f"curves_{name}{suffix}.png"
@@ -223,7 +226,7 @@ def train(name, args, seed, fold=None):
         stopped.saved = state.saved or stopped.saved
         raise
     validation_accuracy = state.history[best_epoch - 1]["validation_accuracy"]
-    return validation_accuracy, accuracy(logits, labels), logits.cpu(), labels.cpu()
+    return validation_accuracy, accuracy(logits, labels), logits, labels
 
 
 def train_many(name, args):

@@ -121,7 +121,7 @@ def find_not_finite(state, name=""):
     if isinstance(state, dict):
         found = (find_not_finite(value, str(key)) for key, value in state.items())
         return next(filter(None, found), None)
-    if isinstance(state, torch.Tensor) and (state.is_meta or not state.isfinite().all()):
+    if isinstance(state, torch.Tensor) and (state.is_meta or not state.cpu().isfinite().all()):
         return name
     return None
 

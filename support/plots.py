@@ -86,10 +86,10 @@ def grid(images, path, titles=None, columns=8, heading=None, size=1.1, **options
 
 def confusion(guesses, labels, path):
     """Draws how often each digit (int64 (N,)) was taken for which; returns the path."""
-    counts = torch.bincount(10 * labels + guesses, minlength=100).view(10, 10).cpu()
+    counts = torch.bincount(10 * labels + guesses, minlength=100).view(10, 10)
     mistakes = counts - counts.diag().diag()
     drawing, axis = figure(1, 1, (5.2, 5))
-    axis.imshow(mistakes, cmap="Blues", vmax=max(1, 1.5 * int(mistakes.max())))
+    axis.imshow(mistakes.numpy(), cmap="Blues", vmax=max(1, 1.5 * int(mistakes.max())))
     for label in range(10):
         for guess in range(10):
             if count := int(counts[label, guess]):
@@ -100,14 +100,14 @@ def confusion(guesses, labels, path):
 
 
 def saliency(models, images, digits):
-    """Returns how much each pixel moves the logit of a digit: the gradient's size, (N, 28, 28), on the CPU.
+    """Returns how much each pixel moves the logit of a digit: the size of the gradient, (N, 28, 28).
 
-    K. Simonyan et al., "Deep inside convolutional networks", arXiv:1312.6034. It is computed on the CPU, as
-    not every device can differentiate what `Deskew` does.
+    K. Simonyan et al., "Deep inside convolutional networks", arXiv:1312.6034. All is on the CPU, as not every
+    device can differentiate what `Deskew` does.
     """
-    images = images.cpu().clone().requires_grad_()
+    images = images.clone().requires_grad_()
     logits = sum(copy.deepcopy(model).cpu()(images) for model in models)
-    logits.gather(1, digits.cpu()[:, None]).sum().backward()
+    logits.gather(1, digits[:, None]).sum().backward()
     return images.grad[:, 0].abs()
 
 
@@ -115,7 +115,7 @@ def evaluation(models, images, probabilities, labels, folder):
     """Draws what models do on labelled images.
 
     Args:
-        models: they are in evaluation mode, on the device of the images.
+        models: they are in evaluation mode, on any device; what follows is on the CPU.
         images: normalised, float32 (N, 1, 28, 28).
         probabilities: what the models together say, float32 (N, 10).
         labels: int64 (N,).
@@ -132,13 +132,17 @@ def evaluation(models, images, probabilities, labels, folder):
 
     layers = [layer for layer in models[0].modules() if isinstance(layer, (nn.Conv2d, P4MConv2d))]
     if layers:
-        kernels = (layers[0].kernels() if isinstance(layers[0], P4MConv2d) else layers[0].weight)[:, 0]
+        kernels = (
+            (layers[0].kernels() if isinstance(layers[0], P4MConv2d) else layers[0].weight)[:, 0]
+            .detach()
+            .cpu()
+        )
         limit, heading = kernels.abs().max().item(), f"First-layer filters of {type(models[0]).__name__}"
         colours = {"cmap": "PuOr", "vmin": -limit, "vmax": limit}
         paths.append(grid(kernels, folder / "filters.png", heading=heading, **colours))
 
     digits = labels.unique()
     examples = torch.stack([images[labels == digit][0] for digit in digits])
-    pictures = torch.cat([examples[:, 0].cpu(), saliency(models, examples, digits)])
+    pictures = torch.cat([examples[:, 0], saliency(models, examples, digits)])
     heading = "Digits, and the pixels that matter most for what they are taken for"
     return [*paths, grid(pictures, folder / "saliency.png", columns=len(digits), heading=heading)]

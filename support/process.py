@@ -9,6 +9,7 @@ import errno
 import io
 import os
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -22,6 +23,8 @@ try:
     import fcntl
 except ImportError:  # Windows, where nothing keeps two runs out of one folder
     fcntl = None
+
+NVIDIA = Path("/dev/nvidia0")
 
 # Set by torchrun, where there are several workers. A variable that something else left behind means nothing.
 LAUNCHED = distributed.is_available() and distributed.is_torchelastic_launched()
@@ -208,11 +211,22 @@ def gather(value=None):
 
 
 def own_device(device):
-    """Returns the device of this one of torchrun's workers: a GPU of its own, where there are several."""
+    """Returns the device of this one of torchrun's workers: a GPU of its own, where there are several.
+
+    Where there is a GPU that PyTorch cannot use, and so the CPU works, a line says so and why.
+    """
     if device.type == "cuda" and device.index is None and WORLD_SIZE > 1:
         device = torch.device("cuda", LOCAL_RANK % torch.cuda.device_count())
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
+    has_gpu = NVIDIA.exists() or shutil.which("nvidia-smi")
+    if device.type == "cpu" and has_gpu and not torch.cuda.is_available():
+        try:
+            torch.cuda.init()
+            reason = "it is not available"
+        except (AssertionError, RuntimeError) as error:
+            reason = str(error).strip().splitlines()[0]
+        warn(f"there is an NVIDIA GPU here, but PyTorch cannot use it: {reason}")
     return device
 
 

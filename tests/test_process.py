@@ -1,6 +1,7 @@
 """What a run does with signals, streams, folders and workers that are not as it expects them."""
 
 import fcntl
+import importlib
 import os
 import random
 import re
@@ -17,7 +18,7 @@ from nbclient import NotebookClient
 
 import train
 from conftest import BLOCK, ONE_THREAD, ROOT, end, same, saved_states, wait_for
-from support import checkpoint, process
+from support import checkpoint, process, startup
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
@@ -219,6 +220,51 @@ def test_too_large_a_batch_is_one_sentence(fit, monkeypatch):
     """PyTorch's own error for what no machine has."""
     monkeypatch.setattr(train, "augment", lambda images: images.new_empty(10**15))
     assert "there is too little memory" in fit("--epochs", 1, check=False).stderr
+
+
+@pytest.mark.parametrize("found", ["device", "program"])
+def test_a_gpu_that_is_there_and_is_not_used_is_named_before_training(fit, call, trained, monkeypatch, found):
+    if torch.cuda.is_available():
+        pytest.skip("here it is used")
+    if found == "device":
+        monkeypatch.setattr(process, "NVIDIA", Path("/dev/null"))
+    else:
+        monkeypatch.setattr(process.shutil, "which", lambda name: f"/usr/bin/{name}")
+    line = r"there is an NVIDIA GPU here, but PyTorch cannot use it: \S.*\n"
+    assert re.fullmatch(line, fit("--model", "Model_1", "--epochs", 1).stderr)
+    options = "--device", "cpu", "--images", "missing.png"
+    assert re.match(line, call("evaluate.py", trained / "best_Model_1.pth", *options, check=False).stderr)
+
+
+@pytest.mark.parametrize(
+    "environment, script, is_notebook, changed",
+    [
+        ({}, ROOT / "train.py", False, True),
+        ({"OMP_NUM_THREADS": "1"}, ROOT / "train.py", False, False),  # torchrun sets it too
+        ({"GOMP_SPINCOUNT": "1"}, ROOT / "train.py", False, False),
+        ({"KMP_AFFINITY": "none"}, ROOT / "train.py", False, False),
+        ({}, ROOT / "train.py", True, False),
+        ({}, Path(pytest.__file__), False, False),
+    ],
+)
+def test_threads_are_kept_on_their_cores_where_nobody_has_said_otherwise(
+    monkeypatch, environment, script, is_notebook, changed
+):
+    for name in list(os.environ):
+        if name.startswith(("OMP_", "GOMP_", "KMP_")):
+            monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    before = dict(os.environ)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script))
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # to be put back
+    if is_notebook:
+        monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
+    importlib.reload(startup)
+    on_linux = sys.platform == "linux" and not process.NVIDIA.exists()
+    assert dict(os.environ) == before | (startup.THREADS if changed and on_linux else {})
+    for name in startup.THREADS.keys() - before.keys():
+        os.environ.pop(name, None)
 
 
 def workers(number, folder, small_data, *arguments):

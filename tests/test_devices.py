@@ -1,0 +1,113 @@
+"""A whole run on a device that is not the CPU, on a machine that has none.
+
+The part of the accelerator is played by PyTorch's meta device, whose tensors have shapes but no values. Two
+places are replaced that need values: what is copied back to the CPU is noise, and no state is called not
+finite. Everything else is as in a real run; an operation on tensors of two devices, or a wait for the device
+within an epoch, is an error.
+"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import datafile
+import evaluate
+import train
+from conftest import BLOCK, TEST_LINE
+from support import checkpoint
+
+META = torch.device("meta")
+pytestmark = pytest.mark.filterwarnings("ignore:.*is a no-op")  # a value copied to where there are none
+COPIES = torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default
+
+
+class OneDevice(TorchDispatchMode):
+    """Refuses an operation on tensors of two devices, a copy and a number (no dimension) excepted."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        if function not in COPIES:
+            devices = {tensor.device.type for tensor in tensors if tensor.dim()}
+            assert len(devices) < 2, f"{function} on {devices}"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def meta(monkeypatch):
+    """Makes the two replacements; within the steps of an epoch, a copy to the CPU is an error."""
+    in_epoch = []
+
+    class Batches(datafile.ShuffledIndices):
+        def __iter__(self):
+            in_epoch.append(True)
+            yield from super().__iter__()
+            in_epoch.pop()
+
+    def noise_from_meta(tensor):
+        assert not in_epoch, "an epoch waits for the device"
+        noise = torch.rand(tensor.shape) if tensor.is_meta else tensor
+        return noise.to(tensor.dtype)
+
+    monkeypatch.setattr(datafile, "ShuffledIndices", Batches)
+    monkeypatch.setattr(torch.Tensor, "cpu", noise_from_meta)
+    monkeypatch.setattr(checkpoint, "find_not_finite", lambda state: None)
+    with OneDevice():
+        yield
+
+
+def arguments(small_data, folder, *others):
+    options = "--model", "Model_3", "--data-dir", small_data, "--output-dir", folder, *others
+    args = train.parse_args(list(map(str, options)))
+    args.device = META  # as --device it is refused: it holds no data
+    return args
+
+
+def values_for(state):
+    """A state whose tensors have values, on the CPU, as the file of a real run gives them."""
+    if isinstance(state, dict):
+        return {key: values_for(value) for key, value in state.items()}
+    return torch.zeros(state.shape, dtype=state.dtype) if getattr(state, "is_meta", False) else state
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_a_run_stays_on_its_device_and_never_waits_for_it(optimizer, small_data, tmp_path, capsys, meta):
+    args = arguments(small_data, tmp_path, "--epochs", 2, "--optimizer", optimizer)
+    _, _, logits, labels = train.train("Model_3", args, 0)
+    output = capsys.readouterr().out
+    assert output.startswith("Model_3 on meta, seed 0\n")
+    assert len(BLOCK.findall(output)) == 2 and TEST_LINE.search(output)
+    assert (logits.device.type, labels.device.type) == ("cpu", "cpu")
+    assert all(
+        value.device.type == "cpu" for value in checkpoint.read(tmp_path / "best_Model_3.pth").values()
+    )
+
+    # A saved state comes back to the device, and the generators' states to the CPU.
+    last = tmp_path / "last_Model_3.pth"
+    state = values_for(checkpoint.read(last))
+    torch.save(state, last)
+    loaders = datafile.get_loaders(device=META, data_dir=small_data)
+    resumed = train.start("Model_3", args, 0, None, loaders)
+    resumed.resume(last, tmp_path / "best_Model_3.pth")
+    for part in resumed.model, resumed.average:
+        assert all(value.is_meta for value in part.state_dict().values())
+    for moments in resumed.optimizer.state.values():
+        tensors = [moment for moment in moments.values() if torch.is_tensor(moment) and moment.dim()]
+        assert tensors and all(moment.is_meta for moment in tensors)
+    assert torch.equal(loaders[0].sampler.generator.get_state(), state["random"]["loader"])
+    assert torch.equal(torch.get_rng_state(), state["random"]["cpu"])
+    train.run_epoch(resumed, *loaders[:2], augmented=True)
+    assert len(resumed.history) == 3
+
+
+def test_evaluation_and_its_plots_need_no_more_of_a_device_than_the_forward_pass(
+    trained, small_data, tmp_path, capsys, meta, monkeypatch
+):
+    args = evaluate.parse_args([str(trained / "best_Model_3.pth"), "--plot", str(tmp_path)])
+    args.device, args.data_dir = META, small_data
+    model = checkpoint.load(trained / "best_Model_3.pth").to(META)
+    monkeypatch.setattr(torch.nn.Module, "cpu", lambda module: checkpoint.load(args.checkpoints[0]))
+    evaluate.evaluate([(args.checkpoints[0], model)], args)
+    output = capsys.readouterr().out
+    assert "Test Accuracy: " in output and "Latency: " in output
+    assert {path.stem for path in tmp_path.iterdir()} == {"confusion", "mistakes", "filters", "saliency"}
