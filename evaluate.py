@@ -3,6 +3,7 @@
     python evaluate.py best_Model_3.pth                              # on the test images
     python evaluate.py best_Model_*.pth --plot pictures              # and as an ensemble; with pictures
     python evaluate.py best_Model_3.pth --images seven.png photos/   # one digit a picture
+    python evaluate.py best_Model_3.pth --draw                       # on a page, with a mouse or a finger
 
 Several models, of one class or of several, vote by the mean of their softmax outputs.
 """
@@ -18,8 +19,8 @@ from pathlib import Path
 import torch
 
 from datafile import DATA_DIR, DataError, get_loaders, normalize
-from support import checkpoint, flags, plots, process
-from support.drawings import read_drawings
+from support import checkpoint, flags, page, plots, process
+from support.drawings import SentDrawing, read_drawing, read_drawings
 from support.metrics import accuracy, predict
 
 
@@ -47,16 +48,11 @@ def print_speed(model, loader):
 
 
 def evaluate(models, args):
-    """Prints what models score on the test images, each and together.
-
-    Args:
-        models: pairs of a checkpoint's path and its model, on the device.
-        args: the flags, as `parse_args` returns them.
-    """
+    """Prints what the models of `args.checkpoints` score on the test images, each and together."""
     loader = get_loaders(device=args.device, data_dir=args.data_dir)[2]
     images, labels = (tensor.cpu() for tensor in loader.dataset.tensors)
     probabilities = []
-    for path, model in models:
+    for path, model in zip(args.checkpoints, models):
         probabilities.append(predict(model, loader)[0].cpu().softmax(1))
         parameters = sum(parameter.numel() for parameter in model.parameters())
         print_scores(f"{path}: {type(model).__name__}, {parameters:,} parameters", probabilities[-1], labels)
@@ -65,8 +61,26 @@ def evaluate(models, args):
     if len(models) > 1:
         print_scores(f"Ensemble of these {len(models)}", together, labels)
     if args.plot:
-        for path in plots.evaluation([model for _, model in models], images, together, labels, args.plot):
+        for path in plots.evaluation(models, images, together, labels, args.plot):
             print(f"See {path}")
+
+
+def vote(models, digit, device):
+    """Returns the mean of what models say of an image, uint8 (28, 28): probabilities, float32 (10,)."""
+    image = normalize(digit[None].to(device))
+    with torch.no_grad():
+        return torch.stack([model(image)[0].softmax(0) for model in models]).mean(0).cpu()
+
+
+def answer_drawings(models, args):
+    """Serves a page to draw on, and says what the models see in each drawing."""
+
+    def read(content):
+        digit = read_drawing(SentDrawing(content))
+        probabilities = vote(models, digit, args.device)
+        return {"probabilities": probabilities.tolist(), "image": digit.flatten().tolist()}
+
+    page.serve(read)
 
 
 def predict_drawings(models, args):
@@ -81,10 +95,7 @@ def predict_drawings(models, args):
             process.warn(f"evaluate.py: error: {digit}")
             failed = True
             continue
-        image = normalize(digit[None].to(args.device))
-        with torch.no_grad():
-            probabilities = torch.stack([model(image)[0].softmax(0) for model in models]).mean(0)
-        (first, second, *_), (guess, other, *_) = (top.tolist() for top in probabilities.topk(2))
+        (first, second), (guess, other) = (top.tolist() for top in vote(models, digit, args.device).topk(2))
         print(f"{path}: {guess} ({first:.1%}), else {other} ({second:.1%})")
         titles.append(f"{guess} ({first:.0%})")
         digits.append(digit)
@@ -100,6 +111,7 @@ def parse_args(arguments=None):
     add("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="a file like best_Model_3.pth")
     add("--model", choices=checkpoint.model_classes(), help="where a file's weights fit several models")
     add("--images", type=Path, nargs="+", metavar="PATH", help="pictures of a digit, or folders of them")
+    add("--draw", action="store_true", help="serve a page to draw a digit on")
     add("--plot", type=Path, metavar="DIR", help="for pictures of what the models see; needs matplotlib")
     add("--device", type=flags.device, default=flags.default_device(), help="default: %(default)s")
     add("--data-dir", type=Path, default=DATA_DIR, metavar="DIR", help="has MNIST/raw; default: %(default)s")
@@ -114,10 +126,12 @@ def main():
             plots.check_matplotlib()
             args.plot.mkdir(parents=True, exist_ok=True)
         args.device = process.own_device(args.device)
-        models = [(path, checkpoint.load(path, args.model).to(args.device)) for path in args.checkpoints]
-        if not args.images:
+        models = [checkpoint.load(path, args.model).to(args.device) for path in args.checkpoints]
+        if args.draw:
+            answer_drawings(models, args)
+        elif not args.images:
             evaluate(models, args)
-        elif not predict_drawings([model for _, model in models], args):
+        elif not predict_drawings(models, args):
             sys.exit(1)
 
 

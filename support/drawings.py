@@ -1,5 +1,6 @@
 """A picture of one digit, drawn, photographed or exported, in the form of MNIST's images."""
 
+import io
 import warnings
 from pathlib import Path
 
@@ -13,6 +14,13 @@ class DrawingError(ValueError):
     """A file is no picture that can be read, or there is no digit in it."""
 
 
+class SentDrawing(io.BytesIO):
+    """The bytes of a picture that is in no file."""
+
+    def __str__(self):
+        return "the drawing"
+
+
 def read_drawing(path):
     """Reads a picture of one digit and brings it into the form of MNIST's images.
 
@@ -20,6 +28,9 @@ def read_drawing(path):
     MNIST's own, the digit fills a box of 20 x 20 pixels, antialiased, and its centre of mass is the
     centre of the image (Y. LeCun et al., "Gradient-based learning applied to document recognition",
     Proc. IEEE 86(11), 1998).
+
+    Args:
+        path: of the file, or a `SentDrawing`.
 
     Returns:
         uint8 (28, 28), 0 for the background to 255 for ink.
@@ -79,7 +90,7 @@ def read_drawings(paths):
 
 def open_picture(path):
     """Returns a picture file as a grey `PIL.Image` of up to 1,024 pixels a side; raises as `read_drawing`."""
-    if not Path(path).is_file():
+    if not isinstance(path, SentDrawing) and not Path(path).is_file():
         raise DrawingError(f"{path} is no file" if Path(path).exists() else f"there is no file {path}")
     try:
         with warnings.catch_warnings():

@@ -107,7 +107,7 @@ def test_evaluation_and_its_plots_need_no_more_of_a_device_than_the_forward_pass
     args.device, args.data_dir = META, small_data
     model = checkpoint.load(trained / "best_Model_3.pth").to(META)
     monkeypatch.setattr(torch.nn.Module, "cpu", lambda module: checkpoint.load(args.checkpoints[0]))
-    evaluate.evaluate([(args.checkpoints[0], model)], args)
+    evaluate.evaluate([model], args)
     output = capsys.readouterr().out
     assert "Test Accuracy: " in output and "Latency: " in output
     assert {path.stem for path in tmp_path.iterdir()} == {"confusion", "mistakes", "filters", "saliency"}

@@ -1,32 +1,33 @@
-"""The blocks of README.md's "Training on EC2", run against a local stand-in for AWS and a local sshd."""
+"""support/ec2.py against moto, which plays EC2 in this process, and against a local OpenSSH server."""
 
 import contextlib
+import functools
+import io
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
+import boto3
+import botocore.client
 import pytest
+import torch
+from botocore.exceptions import ClientError, EndpointConnectionError, NoCredentialsError
 
 import models
-from conftest import ROOT
-from support import checkpoint
+from conftest import ROOT, saved_states
+from support import checkpoint, ec2
 
 README = (ROOT / "README.md").read_text()
 SECTION = README.split("\n## Training on EC2\n")[1].split("\n## ")[0]
-BLOCKS = dict(enumerate(re.findall(r"```bash\n(.*?)```", SECTION, re.DOTALL), 1))
-NEEDS = "aws", "sshd", "ssh-keygen", "rsync", "tmux"
-PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}{os.pathsep}/usr/sbin"
-MISSING = [program for program in NEEDS if not shutil.which(program, path=PATH)]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}: see .ci/run")
 ADDRESS = "203.0.113.7"
 GPU, UBUNTU = "Deep Learning OSS Nvidia Driver AMI GPU", "ubuntu/images/hvm-ssd-gp3/ubuntu-noble-24.04"
 AMAZON, CANONICAL = "898082745236", "099720109477"
@@ -41,33 +42,9 @@ IMAGES = [  # name, owner, architecture, day of creation; of each kind the newes
 ]
 
 
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-def wait_until(condition, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.05)
-
-
-def answers(port):
-    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-        return True
-    return False
-
-
-def write_script(path, text):
-    path.write_text(f"#!/bin/sh\n{text}\n")
-    path.chmod(0o755)
-
-
 @pytest.fixture(scope="module")
-def moto_port(tmp_path_factory):
-    """The port of a local server that answers as EC2 does, and knows the images above."""
+def moto(tmp_path_factory):
+    """moto's `mock_aws`, which knows the images above."""
     images = [
         {
             "ami_id": f"ami-{index:017}",
@@ -88,187 +65,404 @@ def moto_port(tmp_path_factory):
     ]
     path = tmp_path_factory.mktemp("moto") / "images.json"
     path.write_text(json.dumps(images))
-    port = free_port()
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    environment = os.environ | {"MOTO_AMIS_PATH": str(path)}
-    with (path.parent / "log").open("w") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    wait_until(lambda: answers(port))
-    yield port
-    server.kill()
-    server.wait()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOTO_AMIS_PATH", str(path))  # read when moto is imported, and at each start
+        from moto import mock_aws
 
-
-class Terminal:
-    """Pastes blocks into bash, with a throw-away home and `aws` calling the stand-in."""
-
-    def __init__(self, home, port):
-        self.home, self.ssh = home, home / ".ssh"
-        programs = home / "programs"
-        programs.mkdir()
-        self.calls = home / "calls"
-        key = self.ssh / "mnist.pem"
-        # Notes each call, and the key file's mode around it.
-        mode = f"stat -c %a {key} >> {home / 'modes'} 2> /dev/null"
-        aws = shlex.quote(shutil.which("aws", path=PATH))
-        note = f'echo "$1 $2 $3" >> {self.calls}'
-        write_script(programs / "aws", f'{note}\n{mode}\n{aws} "$@"\nstatus=$?\n{mode}\nexit $status')
-        write_script(programs / "curl", f"echo {ADDRESS}")
-        self.environment = {
-            "HOME": str(home),
-            "PATH": f"{programs}{os.pathsep}{PATH}",
-            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-            "AWS_ACCESS_KEY_ID": "test",
-            "AWS_SECRET_ACCESS_KEY": "test",
-            "OMP_NUM_THREADS": "1",
-        }
-
-    def start(self, *numbers, before="", cwd=None, replace=()):
-        text = before + "\n".join(BLOCKS[number] for number in numbers)
-        for old, new in replace:
-            assert old in text, old
-            text = text.replace(old, new)
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-        return subprocess.Popen(
-            ["bash", "-c", f"umask 0\n{text}"], cwd=cwd or self.home, env=self.environment, text=True, **pipes
-        )
-
-    def paste(self, *numbers, **options):
-        process = self.start(*numbers, **options)
-        output, errors = process.communicate()
-        return output, errors
-
-    def aws(self, *arguments):
-        command = [shutil.which("aws", path=PATH), *arguments, "--region", "us-east-1", "--output", "json"]
-        return json.loads(subprocess.check_output(command, env=self.environment))
-
-    def what_is_there(self):
-        instances = [
-            instance
-            for reservation in self.aws("ec2", "describe-instances")["Reservations"]
-            for instance in reservation["Instances"]
-            if instance["State"]["Name"] != "terminated"
-        ]
-        groups = self.aws("ec2", "describe-security-groups")["SecurityGroups"]
-        groups = [group for group in groups if group["GroupName"] != "default"]
-        volumes = self.aws("ec2", "describe-volumes")["Volumes"]
-        return self.aws("ec2", "describe-key-pairs")["KeyPairs"], groups, instances, volumes
+        yield mock_aws
 
 
 @pytest.fixture
-def terminal(tmp_path, moto_port):
-    reset = urllib.request.Request(f"http://127.0.0.1:{moto_port}/moto-api/reset", method="POST")
-    urllib.request.urlopen(reset).close()
+def home(tmp_path, monkeypatch):
+    """A home with its own ssh configuration and keys, and a folder to work in; nothing of it may change."""
     home = tmp_path / "home"
-    home.mkdir()
-    return Terminal(home, moto_port)
+    (home / ".ssh").mkdir(parents=True)
+    (home / ".ssh" / "config").write_text("Host other\n    User me\n")
+    (home / ".ssh" / "mnist.pem").write_text("a key of the user's own")
+    before = {path: path.read_bytes() for path in home.rglob("*") if path.is_file()}
+    monkeypatch.setenv("HOME", str(home))
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    yield home
+    assert before == {path: path.read_bytes() for path in before}
+    assert set((home / ".ssh").iterdir()) == before.keys()
 
 
-def test_there_are_nine_blocks():
-    assert list(BLOCKS) == list(range(1, 10))
-    assert all(f"**{number}. " in SECTION for number in BLOCKS)
+@pytest.fixture
+def aws(moto, home, monkeypatch, capfd):
+    """Calls `python -m support.ec2` in this process; returns what it printed, or its sentence."""
+    for name, value in {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    aws = Aws(home, capfd)
+
+    @functools.lru_cache
+    def resource(region, kind):  # it takes a while to read AWS's description of itself
+        return boto3.session.Session(region_name=region).resource(kind)
+
+    def session(region_name):
+        return SimpleNamespace(resource=lambda kind, config: resource(region_name, kind))
+
+    monkeypatch.setattr(ec2, "boto3", SimpleNamespace(Session=session))
+    monkeypatch.setattr(ec2.urllib.request, "urlopen", lambda *_, **__: io.BytesIO(aws.address.encode()))
+    with moto():
+        real = botocore.client.BaseClient._make_api_call
+
+        def watched(client, operation, parameters):
+            aws.calls.append(operation)
+            aws.before(operation)
+            answer = real(client, operation, parameters)
+            if operation == "DescribeRegions":  # three of them will do
+                names = "us-east-1", "eu-west-1", "ap-south-1"
+                answer["Regions"] = [region for region in answer["Regions"] if region["RegionName"] in names]
+            aws.after(operation)
+            return answer
+
+        monkeypatch.setattr(botocore.client.BaseClient, "_make_api_call", watched)
+        yield aws
 
 
-def test_blocks_2_to_5_make_what_they_say_and_9_leaves_nothing(terminal):
-    output, errors = terminal.paste(1, 2, 3, 4, 5)
-    assert errors == "" and '"Account"' in output
-    (key,), (group,), (instance,), (volume,) = terminal.what_is_there()
+@functools.lru_cache
+def client_of(region):
+    return boto3.client("ec2", region_name=region)
+
+
+class Aws:
+    def __init__(self, home, capfd):
+        self.folder, self.capfd, self.address, self.calls = home / ".tiny-mnist", capfd, f"{ADDRESS}\n", []
+        self.untroubled()
+
+    def untroubled(self):
+        """Has no call fail."""
+        self.before = self.after = lambda operation: None
+
+    def __call__(self, *arguments):
+        self.capfd.readouterr()
+        try:
+            ec2.main(list(map(str, arguments)))
+        except SystemExit as error:
+            return str(error.code)
+        return self.capfd.readouterr().out
+
+    def refuse(self, operation, code):
+        def before(called):
+            if called == operation:
+                raise ClientError({"Error": {"Code": code, "Message": "as EC2 says"}}, called)
+
+        self.before = before
+
+    def forget_terminated(self):
+        """Makes an account without a history, whose answers are faster."""
+        from moto.ec2 import ec2_backends
+
+        for regions in ec2_backends.values():
+            regions["us-east-1"].reset()
+
+    def there(self, region="us-east-1"):
+        """Keys, groups other than the default one, instances and volumes, past failures of calls."""
+        self.untroubled()
+        client = client_of(region)
+        groups = client.describe_security_groups()["SecurityGroups"]
+        found = [one for some in client.describe_instances()["Reservations"] for one in some["Instances"]]
+        return (
+            client.describe_key_pairs()["KeyPairs"],
+            [group for group in groups if group["GroupName"] != "default"],
+            [instance for instance in found if instance["State"]["Name"] != "terminated"],
+            client.describe_volumes()["Volumes"],
+        )
+
+
+NOTHING = [], [], [], []
+
+
+def test_up_makes_what_it_says_and_down_leaves_nothing(aws):
+    assert aws("up").endswith("ready\n")
+    (key,), (group,), (instance,), (volume,) = aws.there()
+    tag = {"Key": "tiny-mnist", "Value": "mnist"}
+    assert all(thing["Tags"] == [tag] for thing in (key, group, instance, volume))
     assert key["KeyName"] == "mnist" and key["KeyType"] == "ed25519"
     (rule,) = group["IpPermissions"]
     assert (rule["IpProtocol"], rule["FromPort"], rule["ToPort"]) == ("tcp", 22, 22)
     assert [entry["CidrIp"] for entry in rule["IpRanges"]] == [f"{ADDRESS}/32"]
     assert not rule.get("Ipv6Ranges") and not rule.get("UserIdGroupPairs") and not rule.get("PrefixListIds")
     assert instance["ImageId"] == "ami-00000000000000000" and instance["InstanceType"] == "g4dn.xlarge"
-    assert instance["KeyName"] == "mnist"
-    assert [found["GroupName"] for found in instance["SecurityGroups"]] == ["mnist"]
+    assert instance["KeyName"] == "mnist" and "InstanceLifecycle" not in instance
+    assert [found["GroupId"] for found in instance["SecurityGroups"]] == [group["GroupId"]]
     assert instance["MetadataOptions"]["HttpTokens"] == "required"
-    assert instance["Tags"] == [{"Key": "Name", "Value": "mnist"}]
-    assert "InstanceLifecycle" not in instance
-    ask = "ec2", "describe-instance-attribute", "--instance-id", instance["InstanceId"], "--attribute"
-    behaviour = terminal.aws(*ask, "instanceInitiatedShutdownBehavior")
-    assert behaviour["InstanceInitiatedShutdownBehavior"]["Value"] == "terminate"
+    ask = {"InstanceId": instance["InstanceId"], "Attribute": "instanceInitiatedShutdownBehavior"}
+    answer = boto3.client("ec2").describe_instance_attribute(**ask)
+    assert answer["InstanceInitiatedShutdownBehavior"]["Value"] == "terminate"
     assert (volume["Size"], volume["VolumeType"], volume["Encrypted"]) == (100, "gp3", True)
     assert instance["BlockDeviceMappings"][0]["Ebs"]["DeleteOnTermination"] is True
-    assert output.splitlines()[-1] == instance["PublicIpAddress"]
 
-    assert (terminal.ssh / "mnist.pem").read_text().startswith("-----BEGIN")
-    assert terminal.ssh.stat().st_mode & 0o777 == 0o700
-    the_rest = BLOCKS[9][BLOCKS[9].index("for kind") :]
-    output, _ = terminal.paste(1, replace=[("aws sts get-caller-identity", the_rest)])
-    assert all(what in output for what in (key["KeyPairId"], group["GroupId"], volume["VolumeId"]))
-    output, errors = terminal.paste(1, 9)
-    assert errors == "" and output.endswith("}\n")  # what delete-key-pair answers, and nothing after it
-    assert terminal.what_is_there() == ([], [], [], [])
-    assert list(terminal.ssh.iterdir()) == []
-    assert set((terminal.home / "modes").read_text().split()) == {"400"}
-
-
-def test_pasting_twice_makes_everything_once_and_keeps_the_key(terminal):
-    terminal.paste(1, 2, 3, 4, 5)
-    key = (terminal.ssh / "mnist.pem").read_text()
-    before = terminal.what_is_there()
-    write_script(terminal.home / "programs" / "curl", "echo 198.51.100.9")
-    output, errors = terminal.paste(1, 2, 3, 4, 5)
-    assert "cannot overwrite existing file" in errors and "InvalidGroup.Duplicate" in errors
-    assert (terminal.ssh / "mnist.pem").read_text() == key
-    keys, (group,), instances, volumes = terminal.what_is_there()
-    assert (keys, instances, volumes) == (before[0], before[2], before[3])
-    (rule,) = group["IpPermissions"]
-    assert [entry["CidrIp"] for entry in rule["IpRanges"]] == ["198.51.100.9/32"]
-    terminal.paste(1, 9)
-    terminal.paste(1, 9)
-    assert terminal.what_is_there() == ([], [], [], [])
-    assert list(terminal.ssh.iterdir()) == []
+    key_file = aws.folder / "mnist" / "key.pem"
+    assert key_file.read_text().startswith("-----BEGIN") and key_file.stat().st_mode & 0o777 == 0o600
+    assert (aws.folder / "mnist").stat().st_mode & 0o777 == 0o700
+    assert f"{instance['InstanceId']} is running" in aws("status")
+    output = aws("down")
+    for thing in instance["InstanceId"], group["GroupId"], volume["VolumeId"], key["KeyPairId"]:
+        assert thing in output
+    assert output.endswith("nothing is left\n") and aws.there() == NOTHING
+    assert not (aws.folder / "mnist").exists()
+    assert aws("down") == "us-east-1: ended nothing; nothing is left\n"
 
 
-@pytest.mark.parametrize("last", [2, 3])  # block 4 makes nothing, and 5 is tried above
-def test_after_any_block_the_last_one_leaves_nothing(terminal, last):
-    terminal.paste(*range(1, last + 1))
-    assert len(terminal.what_is_there()[0]) == 1
-    terminal.paste(1, 9)
-    assert terminal.what_is_there() == ([], [], [], [])
-    assert list(terminal.ssh.iterdir()) == []
+def test_nobody_can_read_the_key_at_any_moment(aws):
+    modes = []
 
+    def look(operation):
+        modes.extend(path.stat().st_mode & 0o777 for path in aws.folder.rglob("key.pem"))
 
-def test_a_key_that_cannot_be_made_leaves_no_empty_file(terminal):
-    terminal.paste(1, 2)
-    (terminal.ssh / "mnist.pem").unlink()
-    _, errors = terminal.paste(1, 2)
-    assert "InvalidKeyPair.Duplicate" in errors
-    assert list(terminal.ssh.iterdir()) == []
-
-
-def test_a_cpu_type_gets_plain_ubuntu_and_spot_a_spot_instance(terminal):
-    choices = ("type=g4dn.xlarge", "type=c7i.large"), ("spot=\n", "spot=yes\n")
-    _, errors = terminal.paste(1, 2, 3, 4, 5, replace=choices)
-    assert errors == ""
-    *_, (instance,), _ = terminal.what_is_there()
-    assert instance["ImageId"] == "ami-00000000000000001" and instance["InstanceType"] == "c7i.large"
-    assert instance["InstanceLifecycle"] == "spot"
-
-
-def test_the_policy_allows_what_the_blocks_call_and_no_more(terminal):
-    terminal.paste(1, 2, 3, 3, 4, 5)
-    terminal.paste(1, 9)
-    called = {"ec2:CreateTags"}  # --tag-specifications
-    waits = {"instance-status-ok": "describe-instance-status", "instance-terminated": "describe-instances"}
-    for line in terminal.calls.read_text().splitlines():
-        service, command, *argument = line.split()
-        command = waits[argument[0]] if command == "wait" else command
-        called.add(f"{service}:{command.title().replace('-', '')}")
-    (policy,) = re.findall(r"```json\n(.*?)```", SECTION, re.DOTALL)
-    (statement,) = json.loads(policy)["Statement"]
-    assert statement["Effect"] == "Allow" and set(statement["Action"]) == called
+    aws.before = aws.after = look
+    mask = os.umask(0)
+    try:
+        aws("up")
+    finally:
+        os.umask(mask)
+    assert set(modes) == {0o600}
 
 
 @pytest.fixture
-def instance(terminal, tmp_path):
-    """A local sshd with a home of its own, in the part of the instance; returns that home."""
+def no_ssh(monkeypatch):
+    """Has every connection fail at once."""
+    failed = subprocess.CompletedProcess([], 255)
+    monkeypatch.setattr(ec2.subprocess, "run", lambda *_, **__: failed)
+
+
+def test_a_second_up_makes_nothing_and_follows_this_computers_address(aws, no_ssh):
+    aws("up")
+    before, key = aws.there(), (aws.folder / "mnist" / "key.pem").read_bytes()
+    aws.address = "198.51.100.9\n"
+    assert "SSH is open to 198.51.100.9/32 alone\n" in aws("up")
+    keys, (group,), instances, volumes = aws.there()
+    assert (keys, instances, volumes) == (before[0], before[2], before[3])
+    (rule,) = group["IpPermissions"]
+    assert [entry["CidrIp"] for entry in rule["IpRanges"]] == ["198.51.100.9/32"]
+    assert (aws.folder / "mnist" / "key.pem").read_bytes() == key
+    aws.address = f"{ADDRESS}\n"
+    assert aws("fetch") == "ec2: error: the connection failed: try again in a minute, or look at `status`"
+    (rule,) = aws.there()[1][0]["IpPermissions"]
+    assert [entry["CidrIp"] for entry in rule["IpRanges"]] == [f"{ADDRESS}/32"]
+
+
+def test_a_cpu_type_gets_plain_ubuntu_and_spot_a_spot_instance(aws):
+    aws("up", "--type", "c7i.large", "--spot", "--zone", "us-east-1b")
+    (instance,) = aws.there()[2]
+    assert instance["ImageId"] == "ami-00000000000000001" and instance["InstanceType"] == "c7i.large"
+    assert instance["InstanceLifecycle"] == "spot"
+    assert instance["Placement"]["AvailabilityZone"] == "us-east-1b"
+
+
+def test_without_credentials_nothing_is_written_or_asked_for(aws, home):
+    def none(operation):
+        raise NoCredentialsError
+
+    aws.before = none
+    assert "`aws configure` was not done" in aws("up")
+    assert aws.there() == NOTHING and not aws.folder.exists()
+
+
+@pytest.mark.parametrize(
+    "code, said",
+    [
+        ("VcpuLimitExceeded", "ask for more under Service Quotas"),
+        ("InsufficientInstanceCapacity", "try another --zone, another --type, or with or without --spot"),
+        ("MaxSpotInstanceCountExceeded", "ask for more under Service Quotas"),
+        ("UnauthorizedOperation", "your AWS user may not RunInstances: see the policy"),
+        ("SomethingNew", "RunInstances failed (SomethingNew: as EC2 says)"),
+    ],
+)
+def test_an_instance_that_is_refused_is_one_sentence_and_down_leaves_nothing(aws, code, said):
+    aws.refuse("RunInstances", code)
+    sentence = aws("up", "--spot")
+    assert sentence.startswith("ec2: error: ") and said in sentence and "\n" not in sentence
+    assert aws.there()[2:] == ([], [])
+    assert not (aws.folder / "mnist" / "ssh_config").exists()
+    aws("down")
+    assert aws.there() == NOTHING and not (aws.folder / "mnist").exists()
+
+
+def test_no_default_vpc_is_named(aws):
+    aws.refuse("CreateSecurityGroup", "VPCIdNotSpecified")
+    assert "there is no default VPC: `aws ec2 create-default-vpc`" in aws("up")
+
+
+def test_what_was_started_in_another_region_is_found_and_ended(aws):
+    aws("up", "--region", "eu-west-1")
+    assert len(aws.there("eu-west-1")[2]) == 1
+    assert "is in eu-west-1: `down` first" in aws("up", "--region", "us-east-1")
+    assert aws("down").startswith("eu-west-1: ended i-")  # in a new terminal, whose region is another
+    assert aws.there("eu-west-1") == NOTHING
+
+    aws("up", "--region", "eu-west-1")
+    shutil.rmtree(aws.folder)  # nothing knows of it any more
+    assert aws("down") == "us-east-1: ended nothing; nothing is left\n"
+    assert re.search("^eu-west-1: ended i-", aws("down", "--all-regions"), re.MULTILINE)
+    assert aws.there("eu-west-1") == NOTHING
+
+
+def test_what_is_here_is_deleted_last_and_only_once_ec2_has_confirmed(aws):
+    aws("up")
+    for operation in "DescribeInstances", "TerminateInstances", "DeleteSecurityGroup", "DeleteKeyPair":
+        aws.refuse(operation, "ExpiredToken")
+        assert "your AWS credentials have expired: log in again" in aws("down")
+        assert (aws.folder / "mnist" / "key.pem").exists() and (aws.folder / "mnist" / "notes.json").exists()
+    aws.untroubled()
+    aws("down")
+    assert aws.there() == NOTHING and not (aws.folder / "mnist").exists()
+
+
+def test_keys_and_groups_of_the_users_own_are_neither_used_nor_deleted(aws):
+    client = boto3.client("ec2")
+    client.create_key_pair(KeyName="mnist")
+    assert "something in EC2 is called 'mnist' already: choose another --name" in aws("up")
+    assert aws.there()[2] == []
+    aws("down")
+    assert [key["KeyName"] for key in aws.there()[0]] == ["mnist"]
+    client.delete_key_pair(KeyName="mnist")
+    client.create_security_group(GroupName="mnist", Description="mine")
+    assert "something in EC2 is called 'mnist' already: choose another --name" in aws("up")
+    aws("down")
+    assert [group["GroupName"] for group in aws.there()[1]] == ["mnist"]
+
+
+def test_a_key_whose_file_is_lost_starts_no_instance(aws):
+    aws("up")
+    shutil.rmtree(aws.folder)
+    (instance,) = aws.there()[2]
+    boto3.client("ec2").terminate_instances(InstanceIds=[instance["InstanceId"]])
+    assert "the key of what is in EC2 is not here: `down`, then `up` again" in aws("up")
+    assert aws.there()[2] == []
+    aws("down")
+    assert aws("up").endswith("ready\n")
+
+
+def test_a_key_file_of_the_users_own_is_neither_used_nor_deleted(aws):
+    mine = aws.folder / "mnist" / "key.pem"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    assert f"{mine} was not written by these steps: move it away" in aws("up")
+    assert aws.there()[2] == []
+    aws("down")
+    assert mine.read_text() == "mine"
+
+
+def test_a_full_disk_while_the_key_is_written_costs_nothing(aws, monkeypatch):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ec2.os, "fdopen", lambda descriptor, mode: Full())
+        assert "No space left on device" in aws("up")
+    assert aws.there()[1:] == ([], [], [])
+    assert aws("up").endswith("ready\n")
+    assert (aws.folder / "mnist" / "key.pem").stat().st_size > 0
+
+
+@pytest.mark.parametrize("name", ["two words", "it's", 'a"b', "", "-x", "a/b", "x" * 64])
+def test_a_name_that_would_need_quoting_is_refused(aws, name):
+    assert aws("up", f"--name={name}") == "2"
+    assert aws.calls == [] and not aws.folder.exists()
+
+
+def test_of_two_ups_at_once_the_second_stops(aws):
+    (aws.folder / "mnist").mkdir(parents=True)
+    first = ec2.lock(ec2.Place("mnist"))
+    assert aws("up") == "ec2: error: another `up` of this name is under way"
+    assert aws.there() == NOTHING
+    first.close()
+    assert aws("up").endswith("ready\n")
+
+
+def test_a_spot_instance_that_was_taken_away_is_named_and_replaced(aws):
+    aws("up", "--spot")
+    (instance,) = aws.there()[2]
+    boto3.client("ec2").terminate_instances(InstanceIds=[instance["InstanceId"]])
+    sentence = aws("train", "--resume")
+    assert "a spot instance that was taken away is gone" in sentence and "`up` again" in sentence
+    assert aws("up", "--spot").endswith("ready\n")
+    assert len(aws.there()[2]) == 1
+
+
+def error(code):
+    return ClientError({"Error": {"Code": code, "Message": "as EC2 says"}}, "Operation")
+
+
+LOST = EndpointConnectionError(endpoint_url="https://ec2")
+REFUSED = [error("RequestLimitExceeded"), error("UnauthorizedOperation"), error("ExpiredToken"), LOST]
+
+
+@pytest.mark.parametrize(
+    "troubles, when",
+    [
+        (REFUSED, "before"),
+        ([KeyboardInterrupt()], "before"),
+        ([LOST], "after"),
+        ([KeyboardInterrupt()], "after"),
+    ],
+    ids=["refused", "Ctrl-C before", "answer lost", "Ctrl-C after"],
+)
+def test_after_any_call_that_fails_up_goes_on_and_down_leaves_nothing(aws, troubles, when):
+    """Each call of `up` and of `down` in turn, before it and, as where an answer is lost, after it."""
+    aws("up")
+    number_of_calls = {"up": len(aws.calls)}
+    aws.calls.clear()
+    aws("down")
+    number_of_calls["down"] = len(aws.calls)
+    for command, number in number_of_calls.items():
+        for last in range(1, number + 1):
+            aws("up") if command == "down" else None
+            aws.calls.clear()
+
+            def fail(operation, last=last):
+                if len(aws.calls) == last:
+                    raise troubles[last % len(troubles)]
+
+            setattr(aws, when, fail)
+            sentence = aws(command)
+            assert sentence.startswith(("ec2: error: ", "ec2: interrupted: ")) and "\n" not in sentence
+            aws.untroubled()
+            if last % 2:
+                assert aws("up").endswith("ready\n")
+                assert [len(things) for things in aws.there()] == [1, 1, 1, 1]
+            aws("down")
+            assert aws.there() == NOTHING and not (aws.folder / "mnist").exists()
+            aws.forget_terminated()
+
+
+def write_script(path, text):
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def wait_until(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def answers(port):
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+        return True
+    return False
+
+
+PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}{os.pathsep}/usr/sbin"
+MISSING = [program for program in ("sshd", "ssh-keygen", "tmux") if not shutil.which(program, path=PATH)]
+
+
+@pytest.fixture
+def instance(request, aws, tmp_path, monkeypatch, small_data):
+    """Makes an instance, played by a local sshd with a home of its own; returns that home."""
+    if MISSING:
+        pytest.skip(f"needs {', '.join(MISSING)}: see .ci/run")
     remote = tmp_path / "remote"
     programs = remote / "programs"
     programs.mkdir(parents=True)
-    terminal.paste(1, 2)
-    key = terminal.ssh / "mnist.pem"
+    aws("up", "--type", getattr(request, "param", "c7i.large"))  # without a GPU
+    key = aws.folder / "mnist" / "key.pem"
     public = subprocess.check_output(["ssh-keygen", "-y", "-f", key], text=True)
     (remote / "authorized_keys").write_text(public)
     (remote / "authorized_keys").chmod(0o600)
@@ -285,7 +479,9 @@ def instance(terminal, tmp_path):
         "TMUX_TMPDIR": remote,
         "OMP_NUM_THREADS": 1,
     }
-    port = free_port()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
     (remote / "sshd_config").write_text(
         f"ListenAddress 127.0.0.1:{port}\nHostKey {remote / 'host_key'}\nPidFile {remote / 'pid'}\n"
         f"AuthorizedKeysFile {remote / 'authorized_keys'}\nStrictModes no\nUsePAM no\n"
@@ -298,10 +494,18 @@ def instance(terminal, tmp_path):
         command = [shutil.which("sshd", path=PATH), "-D", "-e", "-f", remote / "sshd_config"]
         server = subprocess.Popen(command, stderr=log)
     wait_until(lambda: answers(port))
-    # ssh reads the real home's configuration, and the part of "ubuntu" is played by whoever runs the tests.
+    # The part of "ubuntu", at the instance's address, is played by whoever runs the tests, here.
+    local = tmp_path / "programs"
+    local.mkdir()
     user = subprocess.check_output(["id", "-un"], text=True).strip()
-    ssh = f'exec {shutil.which("ssh")} -F {terminal.ssh / "config"} -o Port={port} -o User={user} "$@"'
-    write_script(terminal.home / "programs" / "ssh", ssh)
+    options = f"-o Port={port} -o User={user} -o HostName=127.0.0.1"
+    write_script(local / "ssh", f'exec {shutil.which("ssh")} {options} "$@"')
+    monkeypatch.setenv("PATH", f"{local}{os.pathsep}{os.environ['PATH']}")
+    clone = tmp_path / "clone"
+    left_out = shutil.ignore_patterns(".git", "*.pth", "__pycache__", "MNIST", "tests")
+    shutil.copytree(ROOT, clone, ignore=left_out)
+    shutil.copytree(small_data / "MNIST", clone / "data" / "MNIST")
+    monkeypatch.setattr(ec2, "PROJECT", clone)
     yield remote
     of_the_instance = os.environ | {"TMUX_TMPDIR": str(remote)}
     subprocess.run(["tmux", "kill-server"], env=of_the_instance, stderr=subprocess.DEVNULL)
@@ -309,33 +513,38 @@ def instance(terminal, tmp_path):
     server.wait()
 
 
-def test_training_survives_the_connection_and_the_model_comes_back(terminal, instance, small_data):
-    clone = terminal.home / "clone"
-    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(".git", "*.pth", "__pycache__", "MNIST"))
-    shutil.copytree(small_data / "MNIST", clone / "data" / "MNIST")
-    (clone / "last_Model_1.pth").write_text("of another run, not to be sent")
-    host = "host=127.0.0.1\n"
-    _, errors = terminal.paste(1, 6, before=host)
-    assert errors.count("\n") == 1 and "Permanently added" in errors
-    assert (terminal.ssh / "config").stat().st_mode & 0o777 == 0o600
-    entry = (terminal.ssh / "config").read_text()
-    _, errors = terminal.paste(1, 6, before=host)
-    assert (terminal.ssh / "config").read_text() == entry
-
-    epochs = 200
-    options = f"train.py --model Model_1 --epochs {epochs} --device cpu --data-dir data"
-    changes = {"train.py --resume": f"{options} --resume", "=true": "='sudo shutdown -h +60'"}
-    following = terminal.start(1, 7, before=host, cwd=clone, replace=changes.items())
+def test_training_survives_the_connection_and_the_model_comes_back(aws, instance, tmp_path):
+    flags = "--model", "Model_1", "--epochs", "150", "--device", "cpu", "--resume"
     log = instance / "mnist" / "train.log"
-    wait_until(lambda: log.exists() and "Epoch: 2/" in log.read_text())
-    # The connection breaks: the servers of all sessions are killed.
-    sessions = subprocess.check_output(["pgrep", "-P", (instance / "pid").read_text().strip()], text=True)
-    for session in sessions.split():
-        os.kill(int(session), signal.SIGKILL)
-    output, errors = following.communicate(timeout=60)
-    assert "Epoch: 1/" in output
-    assert f"Epoch: {epochs}/" not in log.read_text()  # it was under way
-    wait_until(lambda: "\nTime: " in log.read_text())
+
+    def interrupt():
+        wait_until(lambda: log.exists() and "Epoch: 2/" in log.read_text())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    output = aws("train", "--shutdown", "60", *flags)
+    assert "Epoch: 1/150" in output and "the training goes on" in output
+
+    def sessions():
+        pid = (instance / "pid").read_text().strip()
+        found = subprocess.run(["pgrep", "-P", pid], capture_output=True, text=True).stdout
+        return {int(session) for session in found.split()}
+
+    def end_sessions():
+        for session in sessions():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(session, signal.SIGKILL)
+
+    def break_connection():  # of a session that has lasted for two seconds: what follows the log
+        wait_until(lambda: (before := sessions()) and not time.sleep(2) and before & sessions())
+        end_sessions()
+
+    end_sessions()  # what is left of the first one
+    threading.Thread(target=break_connection).start()
+    assert "the connection failed" in aws("train", *flags)
+    assert "Epoch: 150/" not in log.read_text()  # it is under way
+    output = aws("train", *flags)  # follows it to its end, and starts no second one
+    assert output.count("Epoch: 1/150") == 1 and "\nTime: " in output
     wait_until(lambda: "shutdown" in (instance / "sudo").read_text())
     assert (instance / "sudo").read_text().splitlines() == [
         "apt-get -q update",
@@ -343,31 +552,55 @@ def test_training_survives_the_connection_and_the_model_comes_back(terminal, ins
         "shutdown -h +60",
     ]
 
-    output, errors = terminal.paste(1, 8, before=host, cwd=clone, replace=[("best_Model_3", "best_Model_1")])
-    assert "best_Model_1.pth: OK\n" in output
-    model = checkpoint.load(clone / "best_Model_1.pth")
-    assert isinstance(model, models.Model_1)
-    assert (clone / "train.log").read_text() == log.read_text()
+    output = aws("fetch")
+    assert "ec2/best_Model_1.pth: " in output and output.count("same checksum") == 3
+    assert isinstance(checkpoint.load(Path("ec2/best_Model_1.pth")), models.Model_1)
+    assert Path("ec2/train.log").read_text() == log.read_text()
+    fetched = saved_states(Path("ec2"))
 
-    terminal.paste(1, 9)
-    assert sorted(path.name for path in terminal.ssh.iterdir()) == ["config"]
-    assert (terminal.ssh / "config").read_text() == ""
-
-
-def test_the_entry_leaves_the_rest_of_the_configuration_alone(terminal, instance):
-    mine = "Host other\n    User me\n"
-    (terminal.ssh / "config").write_text(mine)
-    terminal.paste(1, 6, before="host=127.0.0.1\n")
-    assert (terminal.ssh / "config").read_text().startswith(mine)
-    assert "Host mnist\n" in (terminal.ssh / "config").read_text()
-    terminal.paste(1, 9)
-    assert (terminal.ssh / "config").read_text() == mine
+    # Where the instance was taken away, another one goes on with what was fetched.
+    shutil.rmtree(instance / "mnist")
+    output = aws("train", *flags[:2], "--epochs", "151", *flags[4:])
+    assert "last_Model_1.pth is resumed after epoch 150\n" in output and "Epoch: 151/151" in output
+    assert fetched["last_Model_1.pth"]["settings"]["model"] == "Model_1"
+    assert aws("ssh", "echo", "from there") == "0"
+    aws("down")
+    assert aws.there() == NOTHING and not (aws.folder / "mnist").exists()
 
 
-def test_ssh_refuses_a_key_that_others_can_read(terminal, instance):
-    (terminal.ssh / "mnist.pem").chmod(0o644)
-    _, errors = terminal.paste(1, 6, before="host=127.0.0.1\n")
-    assert "UNPROTECTED PRIVATE KEY FILE" in errors and "Permission denied (publickey" in errors
-    (terminal.ssh / "mnist.pem").chmod(0o400)
-    output, errors = terminal.paste(1, 6, before="host=127.0.0.1\n")
-    assert "Permission denied" not in errors and os.uname().release in output
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here it can")
+@pytest.mark.parametrize("instance", ["g4dn.xlarge"], indirect=True)
+def test_a_gpu_that_pytorch_cannot_use_is_named_before_training(aws, instance):
+    sentence = aws("train", "--model", "Model_1")
+    assert sentence.startswith("ec2: error: nothing was trained (PyTorch cannot use the GPU)")
+    assert not (instance / "mnist" / "train.log").exists()
+
+
+def test_fetching_what_is_not_there_yet_is_one_sentence(aws, instance):
+    assert aws("fetch") == "ec2: error: there is nothing to fetch yet"
+
+
+def test_the_policy_suffices_and_has_no_more_than_what_is_called(aws, no_ssh):
+    (policy,) = re.findall(r"```json\n(.*?)```", SECTION, re.DOTALL)
+    (statement,) = json.loads(policy)["Statement"]
+    allowed = {action.removeprefix("ec2:") for action in statement["Action"]}
+    called = {"CreateTags"}  # what TagSpecifications ask for
+
+    def deny(operation):
+        called.add(operation)
+        if operation not in allowed:
+            raise ClientError({"Error": {"Code": "UnauthorizedOperation", "Message": "no"}}, operation)
+
+    aws.before = deny
+    assert aws("up").endswith("ready\n")
+    aws.address = "198.51.100.9\n"
+    aws("fetch")
+    aws("status")
+    assert aws("down", "--all-regions").endswith("nothing is left\n")
+    assert statement["Effect"] == "Allow" and called == allowed
+
+
+def test_the_section_is_short_and_names_each_command_and_option():
+    assert len(SECTION) <= 5_000
+    for word in *ec2.COMMANDS, "--spot", "--type", "--region", "--shutdown", "--all-regions":
+        assert word in SECTION

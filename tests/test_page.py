@@ -1,0 +1,265 @@
+"""The page to draw a digit on: its server alone, and in a real browser."""
+
+import http.client
+import io
+import json
+import shutil
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from PIL import Image
+
+import evaluate
+from conftest import ROOT, seven
+from support import checkpoint, page
+
+
+@pytest.fixture
+def port(trained, monkeypatch):
+    """The port of the page's server, which reads with a trained Model_3; it ends as with Ctrl-C."""
+    made = []
+    monkeypatch.setattr(page.webbrowser, "open", made.append)
+    real = page.make_server
+
+    def make_server(read):
+        made.append(real(read))
+        return made[-1]
+
+    monkeypatch.setattr(page, "make_server", make_server)
+    args = evaluate.parse_args([str(trained / "best_Model_3.pth"), "--draw", "--device", "cpu"])
+    models = [checkpoint.load(trained / "best_Model_3.pth")]
+    serving = threading.Thread(target=evaluate.answer_drawings, args=(models, args))
+    serving.start()
+    while len(made) < 2:
+        time.sleep(0.01)
+    server, address = made
+    assert address == f"http://127.0.0.1:{server.server_port}/"
+    yield server.server_port
+    server.shutdown()
+    serving.join()
+
+
+def ask(port, body=None, method="POST", path="/", **headers):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    connection.request(method, path, body, headers)
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode()
+
+
+def png(picture):
+    buffer = io.BytesIO()
+    picture.save(buffer, "png")
+    return buffer.getvalue()
+
+
+def test_a_picture_is_read_as_from_a_file(port, trained, tmp_path, call):
+    status, text = ask(port, png(seven()))
+    answer = json.loads(text)
+    seven().save(tmp_path / "seven.png")
+    output = call(
+        "evaluate.py", trained / "best_Model_3.pth", "--device", "cpu", "--images", "seven.png"
+    ).stdout
+    probabilities = answer["probabilities"]
+    assert status == 200 and len(answer["image"]) == 784 and max(answer["image"]) == 255
+    assert probabilities.index(max(probabilities)) == 7 and sum(probabilities) == pytest.approx(1)
+    assert f"seven.png: 7 ({max(probabilities):.1%}), " in output
+
+
+def test_what_is_no_picture_is_a_status_and_a_sentence_and_the_server_goes_on(port):
+    for body, status, sentence in [
+        (b"7", 422, "the drawing is not a picture that can be read"),
+        (b"", 422, "the drawing is not a picture that can be read"),
+        (
+            png(Image.new("L", (280, 280), 255)),
+            422,
+            "the drawing is empty: there is nothing on its background",
+        ),
+        (bytes(2_000_000), 413, "a picture has at most 1,000,000 bytes, and says how many"),
+    ]:
+        assert ask(port, body) == (status, sentence)
+    assert ask(port, None)[0] in (413, 422)
+    assert ask(port, png(seven()))[0] == 200
+
+
+def test_no_other_site_and_no_other_path_is_answered(port):
+    picture = png(seven())
+    assert ask(port, method="GET")[1].startswith("<!DOCTYPE html>")
+    assert ask(port, picture, Origin=f"http://127.0.0.1:{port}")[0] == 200
+    assert ask(port, picture, Host="localhost:9000", Origin="http://localhost:9000")[0] == 200  # ssh -L
+    for headers in {"Host": "evil.example"}, {"Origin": "https://evil.example"}, {"Origin": "null"}:
+        assert ask(port, picture, **headers) == (403, "this page is for 127.0.0.1 alone")
+        assert ask(port, method="GET", **headers)[0] == 403
+    assert ask(port, picture, path="/other")[0] == 404
+    assert ask(port, method="GET", path="/../train.py")[0] == 404
+
+
+def test_twenty_requests_at_once_and_a_client_that_hangs_up(port):
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        client.sendall(b"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 5000\r\n\r\nhalf")
+    with ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(lambda _: ask(port, png(seven())), range(20)))
+    assert {status for status, _ in answers} == {200} and len({text for _, text in answers}) == 1
+
+
+def test_a_port_that_is_taken_is_passed_over(port):
+    other = page.make_server(None)
+    assert other.server_port != port and other.server_port in page.PORTS
+    other.server_close()
+
+
+def test_the_page_needs_nothing_from_the_network():
+    text = page.PAGE.read_text()
+    assert "http://" not in text and "https://" not in text and "src=" not in text
+
+
+STROKES = {  # points of a square of 100 x 100
+    0: [[(50, 15), (30, 25), (22, 50), (30, 78), (50, 88), (70, 78), (78, 50), (70, 25), (50, 15)]],
+    1: [[(50, 12), (50, 88)]],
+    3: [[(28, 22), (50, 12), (70, 24), (66, 42), (48, 48), (68, 56), (74, 74), (52, 88), (28, 80)]],
+    7: [[(25, 18), (75, 18), (60, 50), (45, 88)]],
+}
+
+
+@pytest.fixture
+def browser(tmp_path, monkeypatch):
+    """A headless Chromium."""
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("needs chromium and chromium-driver: see .ci/run")
+    from selenium import webdriver
+
+    options = webdriver.ChromeOptions()
+    for flag in "headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-sync":
+        options.add_argument(f"--{flag}")
+    options.add_argument("--disable-background-networking")
+    options.add_argument("--disable-component-update")
+    options.add_argument(f"--user-data-dir={tmp_path / 'profile'}")
+    options.add_argument("--window-size=760,900")
+    service = webdriver.ChromeService(shutil.which("chromedriver"))
+    browser = webdriver.Chrome(options=options, service=service)
+    yield browser
+    browser.quit()
+
+
+class Drawer:
+    """Draws on the page with a mouse, a pen or a finger, and reads what it shows."""
+
+    def __init__(self, browser, port):
+        self.browser = browser
+        browser.get(f"http://127.0.0.1:{port}/")
+        self.paper = browser.find_element("id", "paper")
+
+    def draw(self, strokes, kind="mouse", scale=1.0, left=0.0, top=0.0):
+        from selenium.webdriver.common.action_chains import ActionChains
+        from selenium.webdriver.common.actions.pointer_input import PointerInput
+
+        size = self.paper.size["width"]
+        for stroke in strokes:
+            actions = ActionChains(self.browser, 10, devices=[PointerInput(kind, kind)])
+            pointer = actions.w3c_actions.pointer_action
+            points = [((left + scale * x) / 100 - 0.5, (top + scale * y) / 100 - 0.5) for x, y in stroke]
+            for step, (x, y) in enumerate(points):
+                pointer.move_to(self.paper, round(x * size), round(y * size))
+                if not step:
+                    pointer.pointer_down()
+            pointer.pointer_up()
+            actions.perform()
+        return self.answer()
+
+    def answer(self):
+        """The digit whose bar is the longest, once the page has nothing more to ask."""
+        deadline = time.monotonic() + 10
+        while self.browser.execute_script("return busy || asked !== strokes"):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        best = self.browser.find_elements("css selector", "#bars .best")
+        return int(best[0].text) if best else None
+
+    def ink(self):
+        """How much ink the model saw, of 784 pixels."""
+        script = "return [...seen.getImageData(0, 0, 28, 28).data].filter((_, i) => i % 4 === 0)"
+        return sum(self.browser.execute_script(script)) / 255
+
+
+def test_digits_drawn_in_a_browser_are_read_as_they_are_drawn(port, browser):
+    drawer = Drawer(browser, port)
+    assert drawer.answer() is None and drawer.ink() == 0
+    for digit, strokes in STROKES.items():
+        assert drawer.draw(strokes) == digit
+        assert 30 < drawer.ink() < 250
+        browser.find_element("id", "clear").click()
+        assert drawer.answer() is None and drawer.ink() == 0
+    for kind in "touch", "pen":
+        assert drawer.draw(STROKES[3], kind) == 3
+        browser.find_element("css selector", "body").send_keys("\ue00c")  # Escape
+        assert drawer.answer() is None
+    assert drawer.draw(STROKES[7], scale=0.3, left=65, top=5) == 7  # small, in a corner
+    browser.find_element("id", "clear").click()
+    for width, digit in (36, 0), (8, 3):  # thick, thin
+        browser.execute_script(
+            f"Object.defineProperty(pen, 'lineWidth', {{value: {width}, configurable: true}})"
+        )
+        drawer.draw(STROKES[digit])
+        browser.find_element("id", "clear").click()
+
+
+def test_the_time_from_the_end_of_a_stroke_to_the_bars_is_measured(port, browser, capsys):
+    drawer = Drawer(browser, port)
+    drawer.draw(STROKES[3])
+    script = """
+        const done = arguments[0], times = [];
+        (async () => {
+            for (let i = 0; i < 100; i++) {
+                const start = performance.now();
+                strokes++;
+                await ask();
+                times.push(performance.now() - start);
+            }
+            done(times.sort((a, b) => a - b)[50]);
+        })();
+    """
+    browser.set_script_timeout(60)
+    milliseconds = browser.execute_async_script(script)
+    with capsys.disabled():
+        print(f" {milliseconds:.0f} ms from a stroke to the bars ", end="")
+    assert milliseconds > 0
+
+
+def test_it_fits_a_phone_and_follows_the_dark(port, browser):
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True},
+    )
+    browser.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
+    )
+    drawer = Drawer(browser, port)
+    assert drawer.draw(STROKES[7], "touch") == 7
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    colour = browser.execute_script("return getComputedStyle(document.querySelector('h1')).color")
+    assert colour == "rgb(255, 255, 255)"
+
+
+def test_where_the_server_has_gone_the_page_says_so(trained, browser):
+    server = page.make_server(lambda content: {"probabilities": [0.1] * 10, "image": [0] * 784})
+    threading.Thread(target=server.serve_forever).start()
+    drawer = Drawer(browser, server.server_port)
+    server.shutdown()
+    server.server_close()
+    drawer.draw(STROKES[1])
+    assert browser.find_element("id", "message").text.startswith("The server has gone")
+
+
+def test_the_screenshot_in_readme_is_of_this_page(port, browser, tmp_path):
+    """Makes it anew, for tests/pictures/draw.png where the page has changed."""
+    drawer = Drawer(browser, port)
+    drawer.draw(STROKES[3])
+    browser.save_screenshot(str(tmp_path / "draw.png"))
+    with (
+        Image.open(tmp_path / "draw.png") as new,
+        Image.open(ROOT / "tests" / "pictures" / "draw.png") as old,
+    ):
+        assert new.size == old.size
