@@ -21,7 +21,7 @@ import torch
 from datafile import DATA_DIR, DataError, get_loaders, normalize
 from support import checkpoint, flags, page, plots, process
 from support.drawings import SentDrawing, read_drawing, read_drawings
-from support.metrics import accuracy, predict
+from support.metrics import accuracy, predict, vote
 
 
 def print_scores(title, probabilities, labels):
@@ -65,37 +65,27 @@ def evaluate(models, args):
             print(f"See {path}")
 
 
-def vote(models, digit, device):
-    """Returns the mean of what models say of an image, uint8 (28, 28): probabilities, float32 (10,)."""
-    image = normalize(digit[None].to(device))
-    with torch.no_grad():
-        return torch.stack([model(image)[0].softmax(0) for model in models]).mean(0).cpu()
-
-
 def answer_drawings(models, args):
     """Serves a page to draw on, and says what the models see in each drawing."""
 
     def read(content):
         digit = read_drawing(SentDrawing(content))
-        probabilities = vote(models, digit, args.device)
+        probabilities = vote(models, normalize(digit[None].to(args.device)))[0]
         return {"probabilities": probabilities.tolist(), "image": digit.flatten().tolist()}
 
     page.serve(read)
 
 
 def predict_drawings(models, args):
-    """Prints which digit models see in each picture, and with --plot draws what the first 64 became.
-
-    Returns:
-        Whether all pictures could be read.
-    """
+    """Prints which digit models see in each picture, plots 64 of them; returns whether all could be read."""
     titles, digits, failed = [], [], False
     for path, digit in read_drawings(args.images):
         if isinstance(digit, Exception):
             process.warn(f"evaluate.py: error: {digit}")
             failed = True
             continue
-        (first, second), (guess, other) = (top.tolist() for top in vote(models, digit, args.device).topk(2))
+        probabilities = vote(models, normalize(digit[None].to(args.device)))[0]
+        (first, second), (guess, other) = (top.tolist() for top in probabilities.topk(2))
         print(f"{path}: {guess} ({first:.1%}), else {other} ({second:.1%})")
         titles.append(f"{guess} ({first:.0%})")
         digits.append(digit)
@@ -120,11 +110,11 @@ def parse_args(arguments=None):
 
 def main():
     args = parse_args()
-    errors = DataError, checkpoint.CheckpointError, plots.PlotError
-    with process.sentences_for(*errors), process.printed_lines():
+    errors = process.sentences_for(DataError, checkpoint.CheckpointError, plots.PlotError)
+    with errors, process.printed_lines():
         if args.plot:
             plots.check_matplotlib()
-            args.plot.mkdir(parents=True, exist_ok=True)
+            process.check_writable(args.plot)
         args.device = process.own_device(args.device)
         models = [checkpoint.load(path, args.model).to(args.device) for path in args.checkpoints]
         if args.draw:

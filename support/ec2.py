@@ -29,10 +29,6 @@ try:
     from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, NoRegionError
 except ImportError as error:
     sys.exit(f"ec2: error: this needs boto3: pip install boto3 ({error})")
-try:
-    import fcntl
-except ImportError:  # Windows, where nothing keeps two `up` apart
-    fcntl = None
 
 PROJECT = Path(__file__).resolve().parent.parent
 SENT = "train.py", "evaluate.py", "datafile.py", "requirements.txt", "models", "support", "data"
@@ -93,9 +89,8 @@ class Place:
         return [{"ResourceType": kind, "Tags": [self.tag]} for kind in kinds]
 
     def instances(self):
-        return [
-            one for one in self.ec2.instances.filter(Filters=self.mine) if one.state["Name"] != "terminated"
-        ]
+        found = self.ec2.instances.filter(Filters=self.mine)
+        return [instance for instance in found if instance.state["Name"] != "terminated"]
 
     def called(self, collection, filter_name):
         """The key pairs or security groups of this name; Problem where one is not of these steps."""
@@ -161,15 +156,11 @@ def make_instance(place, group, args):
     options = {"InstanceMarketOptions": {"MarketType": "spot"}} if args.spot else {}
     options |= {"Placement": {"AvailabilityZone": args.zone}} if args.zone else {}
     options |= {"ImageId": image.id, "InstanceType": args.type, "MinCount": 1, "MaxCount": 1}
-    place.ec2.create_instances(
-        **options,
-        KeyName=place.name,
-        SecurityGroupIds=[group],
-        BlockDeviceMappings=[{"DeviceName": image.root_device_name, "Ebs": disk}],
-        MetadataOptions={"HttpTokens": "required", "HttpEndpoint": "enabled"},
-        InstanceInitiatedShutdownBehavior="terminate",
-        TagSpecifications=place.tags("instance", "volume"),
-    )
+    options |= {"BlockDeviceMappings": [{"DeviceName": image.root_device_name, "Ebs": disk}]}
+    options |= {"MetadataOptions": {"HttpTokens": "required", "HttpEndpoint": "enabled"}}
+    options |= {"InstanceInitiatedShutdownBehavior": "terminate", "KeyName": place.name}
+    options |= {"SecurityGroupIds": [group], "TagSpecifications": place.tags("instance", "volume")}
+    place.ec2.create_instances(**options)
 
 
 def connect(place):
@@ -177,7 +168,7 @@ def connect(place):
     running = [one for one in place.instances() if one.public_ip_address]
     if not running:
         raise Problem(
-            f"no instance {place.name!r} runs in {place.region}; a spot instance that was taken away is gone "
+            f"no instance {place.name!r} runs in {place.region}. A spot instance that was taken away is gone "
             "with its disk: `up` again, then `train --resume` sends what was fetched and goes on"
         )
     make_firewall(place)
@@ -200,8 +191,7 @@ def up(place, args):
         make_instance(place, group, args)
     (instance,) = place.instances()
     print(f"{instance.id} in {place.region} costs from now until `down`")
-    waiter = place.client.get_waiter("instance_status_ok")
-    waiter.wait(InstanceIds=[instance.id])
+    place.client.get_waiter("instance_status_ok").wait(InstanceIds=[instance.id])
     connect(place)
     print("ready")
 
@@ -277,9 +267,7 @@ def down(place, args):
 def status(place, args):
     """Prints what there is in EC2."""
     states = [f"{instance.id} is {instance.state['Name']}" for instance in place.instances()]
-    print(
-        f"{place.region}: {', '.join(states) or 'no instance'}; in all {', '.join(place.left()) or 'nothing'}"
-    )
+    print(f"{place.region}: {', '.join(states + place.left()) or 'nothing'}")
 
 
 def log_in(place, args):
@@ -297,15 +285,14 @@ def sentence(error):
         return f"`aws configure` was not done ({error})"
     if isinstance(error, ClientError):
         code, operation = error.response["Error"]["Code"], error.operation_name
-        remedy = next(
-            (text for codes, text in REMEDIES.items() if code in codes.split()), "{operation} failed"
-        )
+        remedies = [text for codes, text in REMEDIES.items() if code in codes.split()]
+        remedy = (remedies or ["{operation} failed"])[0]
         return f"{remedy.format(operation=operation)} ({code}: {error.response['Error']['Message']})"
     return " ".join(str(error).split())
 
 
 def parse_args(arguments):
-    parser = argparse.ArgumentParser(prog="python -m support.ec2", description="An EC2 instance to train on.")
+    parser = argparse.ArgumentParser(prog="python -m support.ec2", allow_abbrev=False)
     add = parser.add_argument
     add("command", choices=COMMANDS)
     add("--name", default="mnist", help="of all that is made; default: %(default)s")
@@ -328,7 +315,9 @@ def lock(place):
     """Makes the folder where there is none; returns an open file that keeps a second `up` out."""
     place.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     file = place.lock.open("w")
-    if fcntl:
+    with contextlib.suppress(ImportError):  # Windows has none
+        import fcntl
+
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return file
 
@@ -338,9 +327,7 @@ def main(arguments=None):
     try:
         place = Place(args.name, args.region)
         if place.notes.get("region", place.region) != place.region:
-            raise Problem(
-                f"{args.name!r} is in {place.notes['region']}: `down` first, or choose another --name"
-            )
+            raise Problem(f"{args.name!r} is in {place.notes['region']}: `down` first, or another --name")
         place.instances()  # before anything is written: does AWS answer at all?
         with lock(place) if args.command == "up" else contextlib.nullcontext():
             if args.command == "up":

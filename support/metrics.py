@@ -20,6 +20,12 @@ def accuracy(logits, labels):
     return float((logits.argmax(1) == labels).sum() / len(labels))
 
 
+@torch.no_grad()
+def vote(models, images):
+    """Returns the mean softmax output of models for images on their device: float32 (N, 10), on the CPU."""
+    return torch.stack([model(images).softmax(1) for model in models]).mean(0).cpu()
+
+
 def print_runs(name, results):
     """Prints how the runs of a model vary, and what they score together.
 

@@ -388,7 +388,7 @@ def survive(start, folder, kills, *arguments, **options):
 
 
 def test_a_killed_run_resumes_to_the_same_bits(start, tmp_path):
-    survive(start, tmp_path, 3, "--epochs", 4)
+    survive(start, tmp_path, 2, "--epochs", 4)
 
 
 @pytest.mark.slow

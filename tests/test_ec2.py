@@ -380,7 +380,7 @@ def test_a_spot_instance_that_was_taken_away_is_named_and_replaced(aws):
     (instance,) = aws.there()[2]
     boto3.client("ec2").terminate_instances(InstanceIds=[instance["InstanceId"]])
     sentence = aws("train", "--resume")
-    assert "a spot instance that was taken away is gone" in sentence and "`up` again" in sentence
+    assert "A spot instance that was taken away is gone" in sentence and "`up` again" in sentence
     assert aws("up", "--spot").endswith("ready\n")
     assert len(aws.there()[2]) == 1
 
