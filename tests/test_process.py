@@ -256,7 +256,7 @@ def test_threads_are_kept_on_their_cores_where_nobody_has_said_otherwise(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     before = dict(os.environ)
-    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script))
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script), raising=False)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # to be put back
     if is_notebook:
         monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
