@@ -119,6 +119,6 @@ class P4MReadout(nn.Module):
         self.register_buffer("own_channel", own_channel, persistent=False)  # (channels * places, 1, channels)
 
     def forward(self, images):
-        kernels = self.weight.flatten().index_select(0, self.index).view(len(self.own_channel), -1, 1)
+        kernels = self.weight.flatten().index_select(0, self.index).view(self.own_channel.shape[0], -1, 1)
         matrix = (kernels * self.own_channel).flatten(1)
         return F.linear(images.permute(0, 2, 3, 1).flatten(1), matrix)[:, :, None, None]

@@ -1,6 +1,12 @@
+import copy
+import pickle
+import warnings
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
+from torch.optim.swa_utils import AveragedModel
 
 import models
 from models.layers import Deskew, P4MConv2d, P4MReadout
@@ -161,3 +167,88 @@ def test_logits_are_those_recorded(model, mnist):
         logits = model.eval()(mnist[2].dataset.tensors[0][:2])
     expected = torch.tensor(RECORDED[type(model).__name__])
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=5e-4)
+
+
+def exported(model, images):
+    batch = ({0: torch.export.Dim("batch")},)
+    return torch.export.export(model, (images,), dynamic_shapes=batch).module()(images[:5])
+
+
+def functional(model, images):
+    return torch.func.functional_call(model, model.state_dict(), (images,))
+
+
+def assigned(model, images):
+    other = type(model)()
+    other.load_state_dict(model.state_dict(), assign=True)
+    return other.eval()(images)
+
+
+def pruned(model, images):
+    layer = model[-1]
+    prune.l1_unstructured(layer, "weight", amount=0)
+    return model(images)
+
+
+def traced(model, images):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is deprecated, and much used
+        return torch.jit.trace(model, images)(images)
+
+
+USES = {  # each gives the logits of these images, or of the first of them
+    "deepcopy": lambda model, images: copy.deepcopy(model)(images),
+    "pickle": lambda model, images: pickle.loads(pickle.dumps(model))(images),
+    "torch.compile": lambda model, images: torch.compile(model, backend="aot_eager")(images),
+    "torch.export": exported,
+    "torch.fx": lambda model, images: torch.fx.symbolic_trace(model)(images),
+    "torch.jit.trace": traced,
+    "double": lambda model, images: copy.deepcopy(model).double()(images.double()).float(),
+    "channels_last": lambda model, images: model(images.to(memory_format=torch.channels_last)),
+    "functional_call": functional,
+    "vmap": lambda model, images: torch.func.vmap(lambda image: model(image[None])[0])(images),
+    "AveragedModel": lambda model, images: AveragedModel(model)(images),
+    "assign": assigned,
+    "prune": pruned,
+    "DataParallel": lambda model, images: nn.DataParallel(model)(images),
+    "an empty batch": lambda model, images: model(images[:0]),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_model_is_an_ordinary_module(model, mnist, use):
+    images = mnist[2].dataset.tensors[0][:16]
+    model(images)  # moves the running statistics of batch normalisation, where there are any
+    with torch.no_grad():
+        expected = model.eval()(images)
+        logits = USES[use](model, images)
+    torch.testing.assert_close(logits, expected[: len(logits)], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16])
+def test_in_half_precision_a_model_reads_the_same_digits(model, mnist, dtype):
+    images = mnist[2].dataset.tensors[0][:256]
+    for _ in range(50):  # moves the running statistics of batch normalisation, where there are any
+        model(images)
+    with torch.no_grad():
+        expected = model.eval()(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            autocast = model(images).float()
+        logits = model.to(dtype)(images.to(dtype)).float()
+    for found in logits, autocast:
+        assert (found.argmax(1) == expected.argmax(1)).float().mean() > 0.9
+
+
+def test_per_sample_gradients_are_those_of_each_sample_alone(model, mnist):
+    images, labels = (tensor[:4] for tensor in mnist[2].dataset.tensors)
+    parameters = dict(model.eval().named_parameters())
+
+    def loss(parameters, image, label):
+        logits = torch.func.functional_call(model, parameters, (image[None],))
+        return nn.functional.cross_entropy(logits, label[None])
+
+    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, images, labels)
+    for index in range(4):
+        alone = torch.func.grad(loss)(parameters, images[index], labels[index])
+        together = {name: gradient[index] for name, gradient in gradients.items()}
+        torch.testing.assert_close(together, alone, rtol=1e-3, atol=1e-4)
