@@ -127,10 +127,13 @@ def make_key(place):
 
 def make_firewall(place):
     """Lets SSH in from the address that this computer has now, and nothing else; returns the group's id."""
-    if not place.called(place.ec2.security_groups, "group-name"):
+    groups = place.called(place.ec2.security_groups, "group-name")
+    if not groups:
         options = {"GroupName": place.name, "Description": "SSH from one address"}
-        place.ec2.create_security_group(**options, TagSpecifications=place.tags("security-group"))
-    (group,) = place.called(place.ec2.security_groups, "group-name")
+        options |= {"TagSpecifications": place.tags("security-group")}
+        groups = [place.ec2.create_security_group(**options)]
+        place.client.get_waiter("security_group_exists").wait(GroupIds=[groups[0].id])
+    group = groups[0]
     with urllib.request.urlopen(ADDRESS_URL, timeout=10) as answer:
         ranges = [{"CidrIp": f"{answer.read().decode().strip()}/32"}]
     wanted = {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22, "IpRanges": ranges}
@@ -144,7 +147,7 @@ def make_firewall(place):
 
 
 def make_instance(place, group, args):
-    """Starts an instance of the newest image, its disk encrypted; a shutdown ends both."""
+    """Starts an instance of the newest image, its disk encrypted; a shutdown ends both. Returns it."""
     owner, name = GPU_IMAGE if args.type[0] in "gp" else CPU_IMAGE
     filters = {"name": name, "architecture": "x86_64", "state": "available"}.items()
     filters = [{"Name": key, "Values": [value]} for key, value in filters]
@@ -160,7 +163,7 @@ def make_instance(place, group, args):
     options |= {"MetadataOptions": {"HttpTokens": "required", "HttpEndpoint": "enabled"}}
     options |= {"InstanceInitiatedShutdownBehavior": "terminate", "KeyName": place.name}
     options |= {"SecurityGroupIds": [group], "TagSpecifications": place.tags("instance", "volume")}
-    place.ec2.create_instances(**options)
+    return place.ec2.create_instances(**options)[0]
 
 
 def connect(place):
@@ -187,9 +190,7 @@ def up(place, args):
     """Makes what is missing, and waits until one can log in."""
     make_key(place)
     group = make_firewall(place)
-    if not place.instances():
-        make_instance(place, group, args)
-    (instance,) = place.instances()
+    instance = (place.instances() or [None])[0] or make_instance(place, group, args)
     print(f"{instance.id} in {place.region} costs from now until `down`")
     place.client.get_waiter("instance_status_ok").wait(InstanceIds=[instance.id])
     connect(place)

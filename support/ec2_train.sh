@@ -5,12 +5,14 @@ cd ~/mnist
 gpu=$1 shutdown=$2
 shift 2
 if [ ! -e .venv/ready ]; then
-    sudo apt-get -q update
-    sudo apt-get -qy install python3-venv tmux
-    if [ -x /opt/pytorch/bin/python ]; then  # an image that brings a PyTorch which suits its driver
-        /opt/pytorch/bin/python -m venv --clear --system-site-packages .venv
-    else
-        python3 -m venv --clear .venv
+    sudo apt-get -q -o DPkg::Lock::Timeout=300 update
+    sudo apt-get -qy -o DPkg::Lock::Timeout=300 install python3-venv tmux
+    image=/opt/pytorch/bin/python  # of an image that brings a PyTorch which suits its driver
+    [ -x "$image" ] || image=
+    "${image:-python3}" -m venv --clear .venv
+    if [ "$image" ]; then  # it is in a virtual environment of its own, whose packages this one sees too
+        "$image" -c 'import site; print(*site.getsitepackages(), sep="\n")' > \
+            "$(echo .venv/lib/python3*/site-packages)/image.pth"
     fi
     .venv/bin/python -m pip install -q -r requirements.txt
     touch .venv/ready

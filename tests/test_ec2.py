@@ -547,8 +547,8 @@ def test_training_survives_the_connection_and_the_model_comes_back(aws, instance
     assert output.count("Epoch: 1/150") == 1 and "\nTime: " in output
     wait_until(lambda: "shutdown" in (instance / "sudo").read_text())
     assert (instance / "sudo").read_text().splitlines() == [
-        "apt-get -q update",
-        "apt-get -qy install python3-venv tmux",
+        "apt-get -q -o DPkg::Lock::Timeout=300 update",
+        "apt-get -qy -o DPkg::Lock::Timeout=300 install python3-venv tmux",
         "shutdown -h +60",
     ]
 
