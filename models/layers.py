@@ -3,6 +3,17 @@ from torch import nn
 from torch.nn import functional as F
 
 
+class Classifier(nn.Sequential):
+    """Layers in a row that take images of 28 x 28 pixels, (N, 1, 28, 28): others raise AssertionError."""
+
+    def forward(self, images):
+        torch._assert(  # and not `if`: it can be exported, compiled and traced
+            images.shape[1:] == (1, 28, 28),
+            f"{type(self).__name__} takes images of shape (N, 1, 28, 28), not {images.shape}",
+        )
+        return super().forward(images)
+
+
 class Deskew(nn.Module):
     """Brings each digit into a standard position: centred, without slant, of a more even size.
 
@@ -12,10 +23,11 @@ class Deskew(nn.Module):
     "Handwritten digit recognition: investigation of normalization and feature extraction
     techniques", Pattern Recognition 37(2), 2004.
 
-    Takes normalised images, float32 (N, 1, 28, 28); returns the same with the background at 0.
+    Takes images (N, 1, 28, 28) of any real dtype, scale, brightness and contrast: each image's smallest
+    value is taken for paper, its largest for ink. Returns (N, 1, 28, 28) in the module's own dtype, from 0
+    for paper to 1 for ink.
     """
 
-    BACKGROUND = -0.1307 / 0.3081  # a pixel without ink, normalised
     WIDTH, HEIGHT = 0.26, 0.39  # standard deviations of an average digit, half a side being 1
 
     def __init__(self):
@@ -27,7 +39,9 @@ class Deskew(nn.Module):
         self.register_buffer("axis", torch.linspace(-1, 1, 28) * 27 / 28, persistent=False)
 
     def forward(self, images):
-        ink = F.relu(images - self.BACKGROUND)
+        images = images.to(self.axis.dtype)
+        paper, full = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
+        ink = (images - paper) / (full - paper).clamp(min=1e-3)  # 0 where the image is blank
         moments = ink.flatten(1) @ self.monomials
         x, y, xx, xy, yy = (moments[:, 1:] / moments[:, :1].clamp(min=1e-3)).unbind(1)
         xx, xy, yy = xx - x * x, xy - x * y, (yy - y * y).clamp(min=1e-3)

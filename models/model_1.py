@@ -1,10 +1,13 @@
 from torch import nn
 
+from .layers import Classifier
 
-class Model_1(nn.Sequential):
+
+class Model_1(Classifier):
     """Baseline digit classifier, 26,698 parameters: two convolutions, two fully connected layers.
 
-    Takes normalised images, float32 (N, 1, 28, 28), and returns logits, float32 (N, 10).
+    Takes images (N, 1, 28, 28), float32, normalised as in training (`datafile.normalize`), which matters to
+    this model; returns logits, float32 (N, 10).
     A LeNet-like net; after Y. LeCun et al., "Gradient-based learning applied to document
     recognition", Proceedings of the IEEE 86(11), 1998.
     """

@@ -1,12 +1,13 @@
 from torch import nn
 
-from .layers import Deskew
+from .layers import Classifier, Deskew
 
 
-class Model_2(nn.Sequential):
+class Model_2(Classifier):
     """Intermediate digit classifier, 15,106 parameters: Model_1 with fewer channels, deskewing and dropout.
 
-    Takes normalised images, float32 (N, 1, 28, 28), and returns logits, float32 (N, 10).
+    Takes images (N, 1, 28, 28), with ink the largest value, of any real dtype and scale (see `Deskew`);
+    returns logits, float32 (N, 10).
     Dropout: N. Srivastava et al., "Dropout: a simple way to prevent neural networks from
     overfitting", JMLR 15, 2014.
     """

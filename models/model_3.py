@@ -1,12 +1,13 @@
 from torch import nn
 
-from .layers import Deskew, P4MConv2d, P4MReadout
+from .layers import Classifier, Deskew, P4MConv2d, P4MReadout
 
 
-class Model_3(nn.Sequential):
+class Model_3(Classifier):
     """Advanced digit classifier, 4,506 parameters: deskewing first, then filters that share weights.
 
-    Takes normalised images, float32 (N, 1, 28, 28), and returns logits, float32 (N, 10).
+    Takes images (N, 1, 28, 28), with ink the largest value, of any real dtype and scale (see `Deskew`);
+    returns logits, float32 (N, 10).
     Batch normalisation: S. Ioffe, C. Szegedy, "Batch normalization", ICML 2015. Layer normalisation:
     J. L. Ba et al., arXiv:1607.06450.
     """

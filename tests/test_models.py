@@ -1,10 +1,11 @@
 import copy
 import pickle
+import re
 import warnings
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 
@@ -60,11 +61,36 @@ def test_one_image_is_a_batch_to_train_on(model, images):
 
 
 def test_a_blank_image_gives_finite_logits_and_gradients(model, images):
-    images[0] = -0.4242  # background alone
-    images[1] = 0
-    loss = nn.functional.cross_entropy(model(images), torch.arange(16) % 10)
+    images[0] = -0.4242  # paper alone
+    images[1:3] = torch.tensor([0.0, 255.0]).view(2, 1, 1, 1)
+    loss = nn.functional.cross_entropy(model(images.requires_grad_()), torch.arange(16) % 10)
     loss.backward()
-    assert loss.isfinite() and all(p.grad.isfinite().all() for p in model.parameters())
+    assert loss.isfinite() and all(tensor.grad.isfinite().all() for tensor in (images, *model.parameters()))
+
+
+@pytest.mark.parametrize("name", ["Model_2", "Model_3"])
+def test_an_image_reads_the_same_in_any_scale(name, mnist):
+    torch.manual_seed(0)
+    model, normalised = getattr(models, name)(), mnist[2].dataset.tensors[0]
+    with torch.no_grad():
+        for batch in normalised[:1_000].split(100):
+            model(batch)  # moves the running statistics of batch normalisation, where there are any
+        expected = model.eval()(normalised).argmax(1)
+        assert len(expected.unique()) > 1
+        bytes_ = (normalised * 0.3081 + 0.1307).mul(255).round().byte()
+        unit = bytes_ / 255
+        for images in bytes_, bytes_.float(), unit, 2 * unit - 1, 0.2 * unit + 0.7:
+            assert (model(images).argmax(1) != expected).sum() <= 5
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (28, 28), (2, 1, 27, 28), (2, 3, 28, 28), (2, 28, 28, 1)])
+def test_an_image_of_another_shape_is_refused_in_a_sentence(model, shape):
+    name = type(model).__name__
+    expected = f"{name} takes images of shape (N, 1, 28, 28), not {torch.Size(shape)}"
+    with pytest.raises(AssertionError, match=re.escape(expected)):
+        model(torch.zeros(shape))
+    with pytest.raises(AssertionError, match=re.escape(f"{name} takes images of shape (N, 1, 28, 28)")):
+        torch.fx.symbolic_trace(model)(torch.zeros(shape))
 
 
 def test_model_1_is_as_described():
@@ -113,11 +139,11 @@ def test_a_readout_takes_the_orientation_of_its_channel():
 
 
 def bar(top, left, height, width, slant):
-    """An image with a bar of ink; by each row down it moves `slant` pixels to the left."""
+    """An image, 0 to 1, with a bar of ink; by each row down it moves `slant` pixels to the left."""
     y, x = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
     inside = (y >= top) & (y < top + height)
     image = (1 - (x + slant * (y - top) - left - width / 2).abs() + width / 2).clamp(0, 1) * inside
-    return image[None, None] + Deskew.BACKGROUND
+    return image[None, None]
 
 
 def moments(image):
@@ -134,7 +160,7 @@ def moments(image):
 def test_deskew_centres_a_digit_and_removes_its_slant(top, left, height, width, slant):
     """It also moves the digit's size halfway, on a logarithmic scale, to that of an average one."""
     image = bar(top, left, height, width, slant)
-    *_, before_width, before_height = moments(image - Deskew.BACKGROUND)
+    *_, before_width, before_height = moments(image)
     x, y, after_slant, after_width, after_height = moments(Deskew()(image))
     assert abs(x) < 0.01 and abs(y) < 0.01 and abs(after_slant) < 0.02
     assert after_width == pytest.approx((before_width * 0.26).sqrt().item(), rel=0.06)
@@ -147,12 +173,12 @@ RECORDED = {  # of the first two test images
         [6.5412, 4.8368, -10.4696, 4.9083, 4.1879, -7.5539, 4.4867, 0.6137, -5.0541, 6.9197],
     ],
     "Model_2": [
-        [4.9962, -1.9900, 1.8071, -5.1510, 6.5691, -3.9526, 2.2100, -4.7142, 7.4255, -5.9295],
-        [4.9781, -1.9701, 1.7856, -5.1277, 6.5442, -3.9262, 2.1820, -4.6847, 7.3945, -5.8971],
+        [5.0924, -2.0851, 1.9011, -5.2436, 6.6602, -4.0422, 2.2977, -4.8000, 7.5092, -6.0110],
+        [5.1149, -2.1063, 1.9209, -5.2620, 6.6771, -4.0576, 2.3116, -4.8124, 7.5201, -6.0203],
     ],
     "Model_3": [
-        [1.7270, -0.3674, -1.4307, 1.5213, 0.2038, -1.6856, 1.1557, 0.7536, -1.7634, 0.6686],
-        [1.2184, -0.7536, -0.6106, 1.2461, -0.3943, -0.9281, 1.1428, 0.0064, -1.1480, 0.9194],
+        [1.3808, -0.2666, -1.1658, 1.2068, 0.1926, -1.3621, 0.9060, 0.6314, -1.4152, 0.5099],
+        [1.3000, -0.3347, -1.0300, 1.1655, 0.0901, -1.2382, 0.9085, 0.5055, -1.3161, 0.5559],
     ],
 }
 
@@ -223,6 +249,38 @@ def test_a_model_is_an_ordinary_module(model, mnist, use):
         expected = model.eval()(images)
         logits = USES[use](model, images)
     torch.testing.assert_close(logits, expected[: len(logits)], rtol=1e-4, atol=1e-4)
+
+
+def gradients(model, images, labels):
+    model.zero_grad()
+    nn.functional.cross_entropy(model(images), labels).backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+def test_distributed_data_parallel_gives_the_same_gradients(model, mnist, tmp_path):
+    images, labels = (tensor[:16] for tensor in mnist[2].dataset.tensors)
+    expected = gradients(model.eval(), images, labels)
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        found = gradients(nn.parallel.DistributedDataParallel(model), images, labels)
+    finally:
+        distributed.destroy_process_group()
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_model_trains_under_autocast(model, mnist):
+    images, labels = (tensor[:512] for tensor in mnist[2].dataset.tensors)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    losses = []
+    for _ in range(20):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = nn.functional.cross_entropy(model(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
 
 
 @pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16])

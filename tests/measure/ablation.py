@@ -12,17 +12,18 @@ from pathlib import Path
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+import datafile  # noqa: E402
 import models  # noqa: E402
 import train  # noqa: E402
 from models import model_3  # noqa: E402
 from models.layers import Deskew  # noqa: E402
 
 
-class Background(nn.Module):
-    """What is left of `Deskew` without its effect: the background at 0."""
+class Unit(nn.Module):
+    """What is left of `Deskew` without its effect: paper at 0, ink at 1."""
 
     def forward(self, images):
-        return images - Deskew.BACKGROUND
+        return images * datafile.STD + datafile.MEAN
 
 
 def plain_filters():
@@ -38,7 +39,7 @@ def plain_filters():
 
 
 def deskewing():
-    model_3.Deskew = Background
+    model_3.Deskew = Unit
 
 
 def symmetry():
