@@ -147,13 +147,14 @@ def find_ink(picture, side=128):
     grey = pil_to_tensor(picture)[0].float()
     height, width = grey.shape
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-    terms = torch.stack([x**0, x, y, x * x, x * y, y * y], 2).view(-1, 6)
+    terms = torch.stack([x**0, x, y, x * x, x * y, y * y]).flatten(1)
     edge = ((x.abs() > 0.9) | (y.abs() > 0.9)).flatten()
     weight = edge.float()
     for _ in range(20):
-        root = weight.sqrt()[:, None]
-        surface = torch.linalg.lstsq(root * terms, root * grey.view(-1, 1)).solution
-        difference = (terms @ surface).view_as(grey) - grey
+        weighted = weight * terms
+        # By the normal equations, much less work than a least squares of all pixels.
+        surface = torch.linalg.lstsq(weighted @ terms.T, weighted @ grey.view(-1, 1)).solution
+        difference = (surface.T @ terms).view_as(grey) - grey
         noise = 1.5 * difference.flatten()[weight > 0].abs().median().clamp(min=1)
         weight = 1 / (1 + (difference.flatten() / (2 * noise)) ** 2) ** 2
     if (difference**3).sum() < 0:
@@ -184,7 +185,7 @@ def large_components(mask, ink):
         spread = max_pool2d(numbers[None, None], 3, 1, 1)[0, 0] * mask
         if torch.equal(spread, numbers):
             break
-        numbers = spread
+        numbers = spread.flatten()[(spread.long() - 1).clamp(min=0)] * mask  # its number is a pixel with one
     sums = torch.zeros(mask.numel() + 1).index_add_(0, numbers.flatten().long(), (ink * mask).flatten())
     sums[0] = 0
     return (sums >= sums.max() / 10)[numbers.long()] & mask
