@@ -210,7 +210,8 @@ def train(name, args, seed, fold=None):
     last_path, best_path = (args.output_dir / f"{kind}_{name}{suffix}.pth" for kind in ("last", "best"))
     checkpoint.make_way(last_path, best_path)
     folds = (fold, args.folds) if fold else None
-    loaders = get_loaders(args.batch_size, seed=seed, device=args.device, data_dir=args.data_dir, fold=folds)
+    options = {"device": args.device, "data_dir": args.data_dir, "augmented": args.augment}
+    loaders = get_loaders(args.batch_size, seed=seed, fold=folds, **options)
     state = start(name, args, seed, fold, loaders)
     try:
         fit(state, loaders, args.epochs or RECIPES[name].epochs, args, last_path, best_path)

@@ -63,6 +63,41 @@ def test_order_changes_with_the_epoch_and_repeats_with_the_seed(mnist):
     assert not torch.equal(first[1].dataset.tensors[0], other[1].dataset.tensors[0])
 
 
+def test_a_fifth_of_the_training_ones_get_an_upstroke_and_no_other_image(mnist):
+    augmented = datafile.get_loaders(augmented=True)
+    (images, labels), (changed, same_labels) = (loader[0].dataset.tensors for loader in (mnist, augmented))
+    assert torch.equal(labels, same_labels)
+    rows = (images != changed).flatten(1).any(1)
+    assert (labels[rows] == 1).all() and (changed >= images).all()
+    assert rows.sum() / (labels == 1).sum() == pytest.approx(0.2, abs=0.005)
+    for plain, other in zip(mnist[1:], augmented[1:], strict=True):
+        assert torch.equal(plain.dataset.tensors[0], other.dataset.tensors[0])
+    again = datafile.get_loaders(augmented=True)[0].dataset.tensors[0]
+    assert torch.equal(changed, again)
+    assert not torch.equal(changed, datafile.get_loaders(augmented=True, seed=1)[0].dataset.tensors[0])
+
+
+@pytest.mark.parametrize("slant", [-0.5, 0, 0.3])
+@pytest.mark.parametrize("thickness", [2, 4])
+def test_an_upstroke_leaves_the_top_of_its_stem_down_to_the_left(slant, thickness):
+    y, x = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
+    stem = (y >= 4) & (y < 24) & ((x - 14 - slant * (y - 14)).abs() <= thickness / 2)
+    ones = stem.byte().mul(255).expand(200, 28, 28)
+    strokes = datafile.add_upstrokes(ones, torch.Generator().manual_seed(0)).int() - ones.int()
+    assert strokes.min() == 0 and strokes.max() > 200
+    upright = x - 14 - slant * (y - 14)  # x as it were without the slant, from the stem
+    assert (upright[(strokes > 50).any(0)] < thickness).all()  # to the left
+    lengths, angles = [], []
+    for stroke in strokes:
+        outside = (stroke > 127) & (upright < -thickness)
+        left, down = -upright[outside], y[outside] - 4 - thickness / 2  # from where the stroke begins
+        lengths.append((torch.hypot(left, down).max() - thickness / 2) / 20)  # without its round end
+        angles.append(torch.rad2deg(torch.atan2(down.mean(), left.mean())))
+    lengths, angles = torch.stack(lengths), torch.stack(angles)
+    assert lengths.min() == pytest.approx(0.3, abs=0.1) and lengths.max() == pytest.approx(0.65, abs=0.1)
+    assert angles.min() == pytest.approx(35, abs=8) and angles.max() == pytest.approx(60, abs=8)
+
+
 def test_a_batch_is_one_indexing_operation(mnist):
     class Indexing(TorchDispatchMode):
         calls = 0

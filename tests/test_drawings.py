@@ -18,9 +18,10 @@ needs_fonts = pytest.mark.skipif(
 @needs_fonts
 def test_nine_of_ten_drawings_are_read(trained, tmp_path):
     drawn = fonts.draw_all(tmp_path)
-    assert len(drawn) >= 100
+    assert [len(pairs) for pairs in drawn.values()] == [110, 27, 27, 27]
     model = checkpoint.load(trained / "best_Model_3.pth")
-    assert fonts.accuracy(model, drawn) >= 0.9
+    for kind, pairs in drawn.items():
+        assert fonts.accuracy(model, pairs) >= 0.9, kind
 
 
 def test_a_drawing_takes_the_form_of_mnist(tmp_path):

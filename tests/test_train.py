@@ -113,11 +113,16 @@ def test_each_optimiser_learns_and_resumes_to_the_same_bits(optimizer, fit, tmp_
     assert same(saved_states(tmp_path / "parts")["last_Model_1.pth"], whole)
 
 
-def test_no_augment_trains_on_the_images_as_they_are(fit, tmp_path):
-    states = []
+def test_no_augment_trains_on_the_images_as_they_are(fit, tmp_path, monkeypatch):
+    states, calls = [], []
+    for module, name in (train, "augment"), (datafile, "add_upstrokes"):
+        function = getattr(module, name)
+        spy = lambda *images, name=name, function=function: calls.append(name) or function(*images)  # noqa: E731
+        monkeypatch.setattr(module, name, spy)
     for index, flags in enumerate([["--no-augment"], ["--augment"], []]):
         output = fit("--model", "Model_1", "--epochs", 1, *flags, "--output-dir", index).stdout
         assert ("not augmented" in output) == (index == 0)
+        assert set(calls) == (set() if index == 0 else {"augment", "add_upstrokes"})
         states.append(saved_states(tmp_path / str(index))["best_Model_1.pth"])
     plain, augmented, default = states
     assert same(augmented, default) and not same(augmented, plain)

@@ -1,9 +1,10 @@
-"""Digits that are not MNIST's: drawn with handwriting-like fonts, as if photographed, scanned or exported.
+"""Digits that are not MNIST's: in handwriting-like fonts and of lines, as if photographed or exported.
 
-python tests/measure/fonts.py best_Model_3.pth            # draws 110 in a folder that is then deleted
-python tests/measure/fonts.py best_Model_3.pth 0 5 6 7 8  # 110 for each of these seeds
+python tests/measure/fonts.py best_Model_3.pth            # draws 191 in a folder that is then deleted
+python tests/measure/fonts.py best_Model_3.pth 0 5 6 7 8  # 191 for each of these seeds
 """
 
+import itertools
 import math
 import random
 import sys
@@ -35,12 +36,44 @@ FONTS = [  # from the Debian packages that .ci/run installs
 FONT_FOLDER = Path("/usr/share/fonts")
 
 
-def stroke(font_name, digit, side, pen, angle):
-    """Returns a grey picture of `side` pixels, 255 for ink, from a pen thicker than the font's own."""
+def text(font_name, digit, pen):
+    """Returns a picture (grey, 255 for ink) of a digit, from a pen thicker than the font's own."""
     font = ImageFont.truetype(FONT_FOLDER / font_name, 400)
     picture = Image.new("L", (1000, 1000))
+    ImageDraw.Draw(picture).text((500, 500), str(digit), fill=255, font=font, anchor="mm", stroke_width=pen)
+    return picture
+
+
+def lines(strokes, pen):
+    """Returns a picture (grey, 255 for ink) of strokes, each a list of points, on a page of 1,000 pixels."""
+    picture = Image.new("L", (1000, 1000))
     draw = ImageDraw.Draw(picture)
-    draw.text((500, 500), str(digit), fill=255, font=font, anchor="mm", stroke_width=pen)
+    for points in strokes:
+        draw.line(points, fill=255, width=pen, joint="curve")
+        for x, y in points:
+            draw.ellipse((x - pen / 2, y - pen / 2, x + pen / 2, y + pen / 2), fill=255)
+    return picture
+
+
+def one(length, angle, slant, pen):
+    """A 1 whose upstroke is `length` heights long, `angle` degrees below the horizontal, its stem slanted."""
+    x, y = 500 + 200 * slant, 300
+    down = 400 * length * math.sin(math.radians(angle))
+    end = x - 400 * length * math.cos(math.radians(angle)) - down * slant, y + down
+    return lines([[end, (x, y), (x - 400 * slant, y + 400)]], pen)
+
+
+def seven(length, angle, slope, pen, crossbar):
+    """A 7 whose bar is `length` heights long and slopes up, its stem `angle` degrees from the vertical."""
+    x, y = 550, 300
+    bottom = x - 400 * math.tan(math.radians(angle)), y + 400
+    middle = (x + bottom[0]) / 2
+    strokes = [[(x - 400 * length, y + 400 * length * slope), (x, y), bottom]]
+    return lines(strokes + [[(middle - 80, 500), (middle + 80, 500)]] * crossbar, pen)
+
+
+def turned(picture, side, angle):
+    """Returns the digit turned by some degrees, in a picture of `side` pixels with a margin around it."""
     picture = picture.rotate(angle, Image.Resampling.BICUBIC)
     left, top, right, bottom = picture.getbbox()
     margin = 0.25 * max(right - left, bottom - top)
@@ -65,42 +98,57 @@ def uneven(side, generator):
     return 0.8 + 0.14 * slope + 0.06 * (1 - x * x - y * y)
 
 
+def save(picture, name, folder, generator):
+    """Saves a digit in a random size, on a random paper and in a random format; returns the path."""
+    side = round(30 * (2000 / 30) ** generator.random())  # as many small as large ones
+    ink = turned(picture, side, generator.uniform(-10, 10))
+    kind = generator.choice(["clean", "photo", "transparent"])
+    dark, light = generator.randint(0, 70), generator.randint(180, 255)
+    dark_ink = generator.random() < 0.6
+    path = folder / f"{name}_{kind}_{'dark' if dark_ink else 'light'}_{side}.png"
+    if kind == "transparent":
+        picture = Image.new("RGBA", (side, side), (*[dark if dark_ink else light] * 3, 255))
+        picture.putalpha(ink)
+    else:
+        alpha = pil_to_tensor(ink)[0] / 255
+        if kind == "photo":
+            alpha = torch.maximum(alpha, stain(side, generator))
+        paper, pen = (light, dark) if dark_ink else (dark, light)
+        tint = torch.tensor([generator.uniform(0.8, 1) for _ in range(3)])[:, None, None]
+        colours = paper * tint * (1 - alpha) + pen * alpha
+        if kind == "photo":
+            colours = colours * uneven(side, generator) + 6 * torch.randn(1, side, side)
+        picture = to_pil_image(colours.clamp(0, 255).byte())
+        if kind == "photo":
+            picture = picture.filter(ImageFilter.GaussianBlur(side / 300))
+            path = path.with_suffix(".jpg")
+    picture.save(path)
+    return path
+
+
 def draw_all(folder, seed=0):
-    """Draws each digit with each font, of a random size, pen, angle, paper and file format.
+    """Draws each digit with each font, and as many ones and sevens as people write them in Europe.
 
     Returns:
-        Pairs of a path and the digit, an int.
+        A dict from what was drawn to pairs of a path and the digit, an int.
     """
     generator = random.Random(seed)
     torch.manual_seed(seed)
-    drawings = []
-    for font in FONTS:
-        for digit in range(10):
-            side = round(30 * (2000 / 30) ** generator.random())  # as many small as large ones
-            ink = stroke(font, digit, side, generator.choice([0, 0, 4, 10]), generator.uniform(-10, 10))
-            kind = generator.choice(["clean", "photo", "transparent"])
-            dark, light = generator.randint(0, 70), generator.randint(180, 255)
-            dark_ink = generator.random() < 0.6
-            name = f"{Path(font).stem}_{digit}_{kind}_{'dark' if dark_ink else 'light'}_{side}"
-            if kind == "transparent":
-                picture = Image.new("RGBA", (side, side), (*[dark if dark_ink else light] * 3, 255))
-                picture.putalpha(ink)
-                path = folder / f"{name}.png"
-            else:
-                alpha = pil_to_tensor(ink)[0] / 255
-                if kind == "photo":
-                    alpha = torch.maximum(alpha, stain(side, generator))
-                paper, pen = (light, dark) if dark_ink else (dark, light)
-                tint = torch.tensor([generator.uniform(0.8, 1) for _ in range(3)])[:, None, None]
-                colours = paper * tint * (1 - alpha) + pen * alpha
-                if kind == "photo":
-                    colours = colours * uneven(side, generator) + 6 * torch.randn(1, side, side)
-                picture = to_pil_image(colours.clamp(0, 255).byte())
-                if kind == "photo":
-                    picture = picture.filter(ImageFilter.GaussianBlur(side / 300))
-                path = folder / f"{name}.{'jpg' if kind == 'photo' else 'png'}"
-            picture.save(path)
-            drawings.append((path, digit))
+    drawings = {"in fonts": [], "ones with an upstroke": [], "sevens": [], "sevens with a crossbar": []}
+    for font, digit in itertools.product(FONTS, range(10)):
+        picture = text(font, digit, generator.choice([0, 0, 4, 10]))
+        path = save(picture, f"{Path(font).stem}_{digit}", folder, generator)
+        drawings["in fonts"].append((path, digit))
+    for length, angle, pen in itertools.product([0.3, 0.45, 0.6], [35, 45, 55], [25, 40, 60]):
+        name = f"1_{length}_{angle}_{pen}"
+        path = save(one(length, angle, generator.uniform(0, 0.4), pen), name, folder, generator)
+        drawings["ones with an upstroke"].append((path, 1))
+    for length, angle, pen, crossbar in itertools.product(
+        [0.45, 0.6, 0.75], [10, 20, 30], [25, 40, 60], [False, True]
+    ):
+        picture = seven(length, angle, generator.uniform(-0.1, 0.1), pen, crossbar)
+        path = save(picture, f"7_{length}_{angle}_{pen}_{crossbar}", folder, generator)
+        drawings["sevens with a crossbar" if crossbar else "sevens"].append((path, 7))
     return drawings
 
 
@@ -115,10 +163,14 @@ def accuracy(model, drawings):
 def main():
     path, *seeds = sys.argv[1:]
     model = checkpoint.load(Path(path))
+    shares = {}
     for seed in map(int, seeds or ["0"]):
         with tempfile.TemporaryDirectory() as folder:
-            drawn = draw_all(Path(folder), seed)
-            print(f"Of {len(drawn)} drawings, seed {seed}, {accuracy(model, drawn):.1%} are read")
+            for kind, drawn in draw_all(Path(folder), seed).items():
+                shares.setdefault(kind, []).append((len(drawn), accuracy(model, drawn)))
+    for kind, read in shares.items():
+        number = sum(count for count, _ in read)
+        print(f"{kind}: of {number} drawings, {sum(n * share for n, share in read) / number:.1%} are read")
 
 
 if __name__ == "__main__":
