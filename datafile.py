@@ -24,7 +24,7 @@ FILES = [
 ]
 MEAN, STD = 0.1307, 0.3081  # of the training images' pixels, as fractions of 255
 EVALUATION_BATCH = 1_000
-UPSTROKES = 0.2  # of the training ones, the share that `add_upstrokes` changes
+UPSTROKES = 0.1  # of the training ones, the share that `add_upstrokes` changes
 
 
 class DataError(ValueError):
@@ -237,7 +237,7 @@ def get_loaders(
         data_dir: folder that holds MNIST/raw; files missing from it are downloaded.
         fold: for cross-validation, a pair (k, K), k from 1 to K: the seed draws K stratified folds,
             and fold k is the validation set, whatever `validation_size`.
-        augmented: give a fifth of the training ones an upstroke (`add_upstrokes`), the same ones in each
+        augmented: give one in ten training ones an upstroke (`add_upstrokes`), the same ones in each
             epoch.
 
     Raises:

@@ -1,13 +1,11 @@
 """Train a tiny MNIST classifier and report how good it is.
 
-    python train.py                                  # Model_3, the advanced one
-    python train.py --model Model_1 --seed 1
-    python train.py --model all --output-dir runs
-    python train.py --resume                         # go on where an interrupted run was
-    python train.py --runs 10                        # seeds 0 to 9: mean, spread and ensemble
-    torchrun --nproc-per-node=2 train.py --folds 5   # cross-validation, two folds at a time
-
-Read from top to bottom: the recipes, one epoch, the loop, many runs, the flags.
+python train.py                                  # Model_3, the advanced one
+python train.py --model Model_1 --seed 1
+python train.py --model all --output-dir runs
+python train.py --resume                         # go on where an interrupted run was
+python train.py --runs 10                        # seeds 0 to 9: mean, spread and ensemble
+torchrun --nproc-per-node=2 train.py --folds 5   # cross-validation, two folds at a time
 """
 
 from support import startup  # noqa: F401  # isort: skip  # before PyTorch is imported
@@ -54,6 +52,7 @@ OPTIMIZERS = {
     "radam": optim.RAdam,
     "sgd": functools.partial(optim.SGD, momentum=0.9, nesterov=True),
 }
+WARM_UP = 100  # steps over which the learning rate rises to its first value
 FUSED = {"optimizers": ("adam", "adamw", "sgd"), "devices": ("cpu", "cuda", "mps")}  # one kernel for a step
 
 
@@ -68,19 +67,22 @@ def train_epoch(model, average, loader, optimizer, epoch, augmented=True):
         FloatingPointError: a step's loss is not finite.
     """
     model.train()
+    averaged, values = floating_point(average), floating_point(model)
+    lr = optimizer.param_groups[0]["lr"]
     # A step's row: its sums of losses and of hits. Nothing waits for the device, but where a bar shows them.
     sums = torch.zeros(len(loader), 2, device=next(model.parameters()).device)
     seen = 0
     hidden = process.RANK > 0 or not process.is_terminal(sys.stderr)
     with tqdm(loader, f"Epoch {epoch}", leave=False, disable=hidden) as bar:
         for step, (images, labels) in enumerate(bar):
+            steps_before = (epoch - 1) * len(loader) + step
+            optimizer.param_groups[0]["lr"] = lr * min(1, (steps_before + 1) / WARM_UP)
             logits = model(augment(images) if augmented else images)
             loss = cross_entropy(logits, labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            steps_before = (epoch - 1) * len(loader) + step
-            update_average(average, model, 9 / (10 + steps_before))  # so that it spans the last ninth of all
+            update_average(averaged, values, 9 / (10 + steps_before))  # spans the last ninth of all steps
 
             hits = (logits.argmax(1) == labels).sum()
             sums[step] = torch.stack([loss.detach() * len(labels), hits])
@@ -88,6 +90,7 @@ def train_epoch(model, average, loader, optimizer, epoch, augmented=True):
             if step % 50 == 49 and not hidden:
                 loss_sum, hits = sums.sum(0).tolist()
                 bar.set_postfix_str(f"loss {loss_sum / seen:.3f}, {hits / seen:.2%}", refresh=False)
+    optimizer.param_groups[0]["lr"] = lr
     losses, hits = sums.cpu().double().unbind(1)
     for step, loss in enumerate(losses.tolist(), 1):
         check_finite(loss, f"in epoch {epoch}, step {step}", optimizer)
@@ -103,18 +106,19 @@ def check_finite(loss, where, optimizer):
         )
 
 
-@torch.no_grad()
-def update_average(average, model, weight):
-    """Moves `average`, a copy of `model`, towards it by this weight, batch normalisation included.
+def floating_point(model):
+    """Returns a model's weights and batch normalisation's statistics, which an average can be taken of."""
+    return [value for value in model.state_dict().values() if value.is_floating_point()]
+
+
+def update_average(averaged, values, weight):
+    """Moves the tensors of the average towards those of the model by this weight.
 
     With a weight of (eta + 1) / (t + eta) at step t this is polynomial-decay averaging, here with eta = 8
     but for an offset of one step: O. Shamir, T. Zhang, "Stochastic gradient descent for non-smooth
-    optimization", ICML 2013. (`torch.optim.swa_utils.AveragedModel` reads its counter, and so waits, at
-    each call.)
+    optimization", ICML 2013. (`torch.optim.swa_utils.AveragedModel` waits for the device at each call.)
     """
-    for averaged, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
-        if value.is_floating_point():
-            averaged.lerp_(value, weight)
+    torch._foreach_lerp_(averaged, values, weight)
 
 
 def start(name, args, seed, fold, loaders):
@@ -125,7 +129,7 @@ def start(name, args, seed, fold, loaders):
     """
     torch.manual_seed(seed)
     lr = args.lr or RECIPES[name].lr[args.optimizer]
-    model = getattr(models, name)()
+    model = getattr(models, name)().to(args.device)
     part = f"{fold} of {args.folds}" if fold else "none"
     print(f"{name} on {args.device}, seed {seed}" + (f", fold {part}" if fold else ""))
     print(
@@ -133,16 +137,14 @@ def start(name, args, seed, fold, loaders):
         f"{'augmented' if args.augment else 'not augmented'}, {torch.get_num_threads()} CPU threads, "
         f"PyTorch {torch.__version__}"
     )
-    summary(copy.deepcopy(model).eval(), (1, 28, 28), device="cpu")
-    sizes = [f"{len(loader.dataset):,}" for loader in loaders]
-    print("Images: {} for training, {} for validation, {} for the test\n".format(*sizes))
+    summary(copy.deepcopy(model).cpu().eval(), (1, 28, 28), device="cpu")
+    sizes = [len(loader.dataset) for loader in loaders]
+    print("Images: {:,} for training, {:,} for validation, {:,} for the test\n".format(*sizes))
 
     settings = {flag: getattr(args, flag) for flag in ("batch_size", "optimizer", "augment")}
     settings |= {"model": name, "seed": seed, "lr": lr, "folds": part}
-    model.to(args.device)
     fused = args.optimizer in FUSED["optimizers"] and args.device.type in FUSED["devices"]
-    options = {"lr": lr, "fused": True} if fused else {"lr": lr}
-    optimizer = OPTIMIZERS[args.optimizer](model.parameters(), **options)
+    optimizer = OPTIMIZERS[args.optimizer](model.parameters(), lr=lr, **{"fused": True} if fused else {})
     scheduler = ReduceLROnPlateau(optimizer, mode="max", factor=0.1, patience=3)
     return TrainingState(model, optimizer, scheduler, loaders[0].sampler.generator, settings)
 
@@ -226,8 +228,7 @@ def train(name, args, seed, fold=None):
     except process.Stopped as stopped:
         stopped.saved = state.saved or stopped.saved
         raise
-    validation_accuracy = state.history[best_epoch - 1]["validation_accuracy"]
-    return validation_accuracy, accuracy(logits, labels), logits, labels
+    return state.history[best_epoch - 1]["validation_accuracy"], accuracy(logits, labels), logits, labels
 
 
 def train_many(name, args):

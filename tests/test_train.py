@@ -202,7 +202,7 @@ def test_on_cuda_no_step_waits_for_the_device():
 
 
 def test_an_epochs_figures_and_average_are_those_of_a_plain_loop(mnist):
-    """The last batch is a short one; the average of the weights is compared with its closed form."""
+    """The last batch is a short one; the weights' average and the rate's warm-up have their closed forms."""
     images, labels = (tensor[:300] for tensor in mnist[1].dataset.tensors)
     loader = list(zip(images.split(128), labels.split(128)))
     torch.manual_seed(1)
@@ -219,9 +219,11 @@ def test_an_epochs_figures_and_average_are_those_of_a_plain_loop(mnist):
         losses, hits = losses + float(each.detach().sum()), hits + int((logits.argmax(1) == y).sum())
         other.zero_grad()
         each.mean().backward()
+        other.param_groups[0]["lr"] = 0.01 * step / 100
         other.step()
         weight = 9 / (9 + step)
         expected = {k: (1 - weight) * v + weight * plain.state_dict()[k] for k, v in expected.items()}
+    assert optimizer.param_groups[0]["lr"] == 0.01  # the plateau's, and not one of the way up to it
     assert loss == pytest.approx(losses / 300, rel=1e-5) and accuracy == pytest.approx(hits / 300)
     torch.testing.assert_close(dict(average.state_dict()), expected, rtol=1e-4, atol=1e-5)
 

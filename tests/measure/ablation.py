@@ -19,11 +19,11 @@ from models import model_3  # noqa: E402
 from models.layers import Deskew  # noqa: E402
 
 
-class Unit(nn.Module):
-    """What is left of `Deskew` without its effect: paper at 0, ink at 1."""
+class Paper(nn.Module):
+    """What is left of `Deskew` without its effect: the paper at 0."""
 
     def forward(self, images):
-        return images * datafile.STD + datafile.MEAN
+        return images + datafile.MEAN / datafile.STD
 
 
 def plain_filters():
@@ -39,7 +39,7 @@ def plain_filters():
 
 
 def deskewing():
-    model_3.Deskew = Unit
+    model_3.Deskew = Paper
 
 
 def symmetry():
@@ -48,7 +48,7 @@ def symmetry():
 
 def averaging():
     average = train.update_average
-    train.update_average = lambda averaged, model, weight: average(averaged, model, 1.0)
+    train.update_average = lambda averaged, values, weight: average(averaged, values, 1.0)
 
 
 def dropout():

@@ -95,12 +95,13 @@ def epoch_against_bare_loop():
 
     def bare():
         model.train()
+        averaged, values = train.floating_point(average), train.floating_point(model)
         for images, labels in bare_batches(*loader.dataset.tensors):
             loss = cross_entropy(model(datafile.augment(images)), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            train.update_average(average, model, 0.01)
+            train.update_average(averaged, values, 0.01)
         loss.item()
 
     epoch = lambda: train.train_epoch(model, average, loader, optimizer, 1)  # noqa: E731
