@@ -55,12 +55,7 @@ def dropout():
     model_3.nn.Dropout = nn.Identity
 
 
-def plateau():
-    scheduler = train.ReduceLROnPlateau
-    train.ReduceLROnPlateau = lambda optimizer, **options: scheduler(optimizer, **options | {"patience": 99})
-
-
-VARIANTS = {function.__name__: function for function in (deskewing, symmetry, averaging, dropout, plateau)}
+VARIANTS = {function.__name__: function for function in (deskewing, symmetry, averaging, dropout)}
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in VARIANTS:
