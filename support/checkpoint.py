@@ -196,13 +196,14 @@ class TrainingState:
         self.device_random = getattr(torch, next(model.parameters()).device.type, None)  # torch.cuda, ...
 
     def best_epoch(self):
-        """Returns the first epoch, from 1, with the highest validation accuracy."""
+        """Returns the epoch, from 1, with the highest validation accuracy: the last of equals."""
         accuracies = [epoch["validation_accuracy"] for epoch in self.history]
-        return accuracies.index(max(accuracies)) + 1
+        return len(accuracies) - accuracies[::-1].index(max(accuracies))
 
     def is_finished(self, epochs, patience=None):
-        """Whether so many epochs are done, or as many as the patience in a row were not the best."""
-        stale = len(self.history) - self.best_epoch() if self.history else 0
+        """Whether so many epochs are done, or as many as the patience in a row were no better."""
+        accuracies = [epoch["validation_accuracy"] for epoch in self.history]
+        stale = len(accuracies) - 1 - accuracies.index(max(accuracies)) if accuracies else 0
         return len(self.history) >= epochs or (patience is not None and stale >= patience)
 
     def add_epoch(self, *figures):
