@@ -24,8 +24,8 @@ class Deskew(nn.Module):
     techniques", Pattern Recognition 37(2), 2004.
 
     Takes images (N, 1, 28, 28) of any real dtype, scale, brightness and contrast: each image's smallest
-    value is taken for paper, its largest for ink. Returns (N, 1, 28, 28) in the module's own dtype, 0 for
-    paper and `INK` for ink.
+    value is taken for paper, its largest for ink, and one whose values differ by less than 0.001 for blank.
+    Returns (N, 1, 28, 28) in the module's own dtype, 0 for paper and `INK` for ink.
     """
 
     INK = 3.25  # with it the pixels of an average image have a standard deviation of 1
@@ -42,7 +42,7 @@ class Deskew(nn.Module):
     def forward(self, images):
         images = images.to(self.axis.dtype)
         paper, full = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
-        ink = (images - paper) * (self.INK / (full - paper).clamp(min=1e-3))  # 0 where the image is blank
+        ink = (images - paper) * (self.INK / (full - paper).clamp(min=1e-3))
         moments = ink.flatten(1) @ self.monomials
         x, y, xx, xy, yy = (moments[:, 1:] / moments[:, :1].clamp(min=1e-3)).unbind(1)
         xx, xy, yy = xx - x * x, xy - x * y, (yy - y * y).clamp(min=1e-3)
