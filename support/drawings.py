@@ -149,12 +149,15 @@ def find_ink(picture, side=128):
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
     terms = torch.stack([x**0, x, y, x * x, x * y, y * y]).flatten(1)
     edge = ((x.abs() > 0.9) | (y.abs() > 0.9)).flatten()
-    weight = edge.float()
+    weight, surface = edge.float(), torch.full((6, 1), torch.inf)
     for _ in range(20):
+        before = surface
         weighted = weight * terms
         # By the normal equations, much less work than a least squares of all pixels.
         surface = torch.linalg.lstsq(weighted @ terms.T, weighted @ grey.view(-1, 1)).solution
         difference = (surface.T @ terms).view_as(grey) - grey
+        if (surface - before).abs().max() < 0.01:  # of 255 shades
+            break
         noise = 1.5 * difference.flatten()[weight > 0].abs().median().clamp(min=1)
         weight = 1 / (1 + (difference.flatten() / (2 * noise)) ** 2) ** 2
     if (difference**3).sum() < 0:
