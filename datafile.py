@@ -170,7 +170,7 @@ def augment(images):
 def add_upstrokes(ones, generator):
     """Gives each of these ones the upstroke with which much of Europe writes a 1.
 
-    MNIST's writers hardly wrote it, and a net that was trained on their ones reads such a 1 as a 7. The
+    MNIST's writers hardly wrote it, and a net that was trained on their ones often reads it as a 7. The
     stroke runs from the top of the stem down to the left, as thick as the stem, 0.3 to 0.65 of the digit's
     height long and 35 to 60 degrees below the horizontal, all of it then slanted as the stem is. Takes and
     returns uint8 (N, 28, 28); `generator`, on the CPU, draws lengths and angles.
@@ -216,7 +216,7 @@ def split(labels, validation_size, fold, generator):
 
 
 def get_loaders(
-    batch_size=128, validation_size=None, seed=0, device="cpu", data_dir=DATA_DIR, fold=None, augmented=False
+    batch_size=128, validation_size=None, seed=0, device="cpu", data_dir=DATA_DIR, fold=None, upstrokes=False
 ):
     """Returns (train_loader, validation_loader, test_loader) over the MNIST data set.
 
@@ -237,8 +237,7 @@ def get_loaders(
         data_dir: folder that holds MNIST/raw; files missing from it are downloaded.
         fold: for cross-validation, a pair (k, K), k from 1 to K: the seed draws K stratified folds,
             and fold k is the validation set, whatever `validation_size`.
-        augmented: give one in ten training ones an upstroke (`add_upstrokes`), the same ones in each
-            epoch.
+        upstrokes: give one in ten training ones an upstroke (`add_upstrokes`), the same in each epoch.
 
     Raises:
         DataError: files are missing and cannot be downloaded, a file is not what its name says, or no
@@ -260,7 +259,7 @@ def get_loaders(
             f"{raw_dir} has {len(images):,} training images: with {len(validation):,} of them for validation "
             "(validation_size), none are left to train on or to validate with"
         )
-    if augmented:
+    if upstrokes:
         ones = training[labels[training] == 1]
         ones = ones[: round(UPSTROKES * len(ones))]  # they are in an order that was drawn
         images[ones] = add_upstrokes(images[ones], generator)

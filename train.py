@@ -212,7 +212,7 @@ def train(name, args, seed, fold=None):
     last_path, best_path = (args.output_dir / f"{kind}_{name}{suffix}.pth" for kind in ("last", "best"))
     checkpoint.make_way(last_path, best_path)
     folds = (fold, args.folds) if fold else None
-    options = {"device": args.device, "data_dir": args.data_dir, "augmented": args.augment}
+    options = {"device": args.device, "data_dir": args.data_dir, "upstrokes": args.augment}
     loaders = get_loaders(args.batch_size, seed=seed, fold=folds, **options)
     state = start(name, args, seed, fold, loaders)
     try:

@@ -64,7 +64,7 @@ def test_order_changes_with_the_epoch_and_repeats_with_the_seed(mnist):
 
 
 def test_one_in_ten_training_ones_gets_an_upstroke_and_no_other_image(mnist):
-    augmented = datafile.get_loaders(augmented=True)
+    augmented = datafile.get_loaders(upstrokes=True)
     (images, labels), (changed, same_labels) = (loader[0].dataset.tensors for loader in (mnist, augmented))
     assert torch.equal(labels, same_labels)
     rows = (images != changed).flatten(1).any(1)
@@ -72,9 +72,9 @@ def test_one_in_ten_training_ones_gets_an_upstroke_and_no_other_image(mnist):
     assert rows.sum() / (labels == 1).sum() == pytest.approx(0.1, abs=0.005)
     for plain, other in zip(mnist[1:], augmented[1:], strict=True):
         assert torch.equal(plain.dataset.tensors[0], other.dataset.tensors[0])
-    again = datafile.get_loaders(augmented=True)[0].dataset.tensors[0]
+    again = datafile.get_loaders(upstrokes=True)[0].dataset.tensors[0]
     assert torch.equal(changed, again)
-    assert not torch.equal(changed, datafile.get_loaders(augmented=True, seed=1)[0].dataset.tensors[0])
+    assert not torch.equal(changed, datafile.get_loaders(upstrokes=True, seed=1)[0].dataset.tensors[0])
 
 
 @pytest.mark.parametrize("slant", [-0.5, 0, 0.3])
