@@ -53,7 +53,7 @@ class Deskew(nn.Module):
         right, down = self.axis, self.axis[:, None]
         x = width * right + slant * height * down + x
         y = (height * down + y).expand_as(x)
-        return F.grid_sample(ink, torch.stack([x, y], 3), align_corners=False)
+        return F.grid_sample(ink, torch.stack([x, y]).permute(1, 2, 3, 0), align_corners=False)
 
 
 def orient(filters):

@@ -9,7 +9,7 @@ class Model_3(Classifier):
     Takes images (N, 1, 28, 28), with ink the largest value, of any real dtype and scale (see `Deskew`);
     returns logits, float32 (N, 10).
     Batch normalisation: S. Ioffe, C. Szegedy, "Batch normalization", ICML 2015. Layer normalisation:
-    J. L. Ba et al., arXiv:1607.06450.
+    J. L. Ba et al., arXiv:1607.06450. Hardswish: A. Howard et al., "Searching for MobileNetV3", ICCV 2019.
     """
 
     def __init__(self):
@@ -17,24 +17,24 @@ class Model_3(Classifier):
             Deskew(),  # 1 x 28 x 28
             P4MConv2d(1, 2, 5, stride=2, padding=2, orientations=1),  # 16 x 14 x 14; 50
             nn.BatchNorm2d(16),  # 32
-            nn.ReLU(inplace=True),
+            nn.Hardswish(),
             P4MConv2d(2, 2, 3, padding=1),  # 16 x 14 x 14; 288
             nn.MaxPool2d(2),  # 16 x 7 x 7; at once, to leave what follows a quarter of the work
             nn.BatchNorm2d(16),  # 32
-            nn.ReLU(inplace=True),
+            nn.Hardswish(),
             P4MConv2d(2, 4, 3, padding=1),  # 32 x 7 x 7; 576
             nn.BatchNorm2d(32),  # 64
-            nn.ReLU(inplace=True),
+            nn.Hardswish(),
             P4MConv2d(4, 4, 3, padding=1),  # 32 x 7 x 7; 1,152
             nn.BatchNorm2d(32),  # 64
-            nn.ReLU(inplace=True),
+            nn.Hardswish(),
             P4MConv2d(4, 4, 3, padding=1),  # 32 x 7 x 7; 1,152
             nn.BatchNorm2d(32),  # 64
-            nn.ReLU(inplace=True),
+            nn.Hardswish(),
             P4MReadout(4, 2, 7),  # 64 x 1 x 1; 392: two places for each channel
             nn.Flatten(),  # 64
             nn.LayerNorm(64, elementwise_affine=False),
-            nn.ReLU(inplace=True),
+            nn.Hardswish(),
             nn.Dropout(0.1),  # here, where a feature is a single number: no digit may hang on one of them
             nn.Linear(64, 10, bias=False),  # 640
         )

@@ -11,7 +11,7 @@ import torch
 
 import models
 
-FORMAT_VERSION = 4  # of a training state; to be raised when what it holds, or how it goes on, changes
+FORMAT_VERSION = 5  # of a training state; to be raised when what it holds, or how it goes on, changes
 NOT_DAMAGE = OSError, MemoryError, torch.OutOfMemoryError  # what reading a good file can raise
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.nn.functional import affine_grid, grid_sample
+from torch.nn.functional import affine_grid, grid_sample, interpolate
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 from torchvision import datasets, transforms
@@ -310,6 +310,7 @@ def test_each_deformation_is_torchvisions_affine_at_its_limit(mnist, monkeypatch
     drawn = torch.full((6, 100, 1, 1), 0.5)
     drawn[axis] = (1 + sign) / 2
     monkeypatch.setattr(torch, "rand", lambda *size, device: drawn)
+    monkeypatch.setattr(torch, "randn", lambda *size, device: torch.zeros(size))
     background = -datafile.MEAN / datafile.STD
 
     # torchvision says where a pixel goes, in degrees and pixels; `augment`, where it comes from.
@@ -326,6 +327,19 @@ def test_each_deformation_is_torchvisions_affine_at_its_limit(mnist, monkeypatch
         grid = affine_grid(theta, list(images.shape), align_corners=False)
         expected = grid_sample(images - background, grid, align_corners=False)
     torch.testing.assert_close(datafile.augment(images), expected + background, rtol=0, atol=1e-3)
+
+
+def test_the_elastic_deformation_moves_points_and_smoothly_what_is_between_them(mnist, monkeypatch):
+    images = mnist[2].dataset.tensors[0][:100]
+    ways = torch.randn(200, 25)
+    monkeypatch.setattr(torch, "rand", lambda *size, device: torch.full(size, 0.5))  # nothing else
+    monkeypatch.setattr(torch, "randn", lambda *size, device: ways)
+    moved = interpolate(ways.view(2, 100, 5, 5) * 0.6, (28, 28), mode="bicubic", align_corners=True)  # pixels
+    unmoved = affine_grid(torch.eye(2, 3).expand(100, 2, 3), list(images.shape), align_corners=False)
+    background = -datafile.MEAN / datafile.STD
+    grid = unmoved + moved.permute(1, 2, 3, 0) / 14
+    expected = grid_sample(images - background, grid, align_corners=False) + background
+    torch.testing.assert_close(datafile.augment(images), expected, rtol=0, atol=1e-4)
 
 
 def test_what_comes_in_from_outside_is_background(monkeypatch):

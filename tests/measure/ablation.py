@@ -31,10 +31,10 @@ def plain_filters():
     layers = [Deskew()]
     for inputs, outputs, size in (1, 8, 5), (8, 8, 3), (8, 11, 3), (11, 11, 3), (11, 11, 3):
         layers += [nn.Conv2d(inputs, outputs, size, 2 if size == 5 else 1, size // 2, bias=False)]
-        layers += [nn.BatchNorm2d(outputs), nn.ReLU()]
+        layers += [nn.BatchNorm2d(outputs), nn.Hardswish()]
     layers.insert(5, nn.MaxPool2d(2))
     layers += [nn.Conv2d(11, 11, 7, groups=11, bias=False), nn.Flatten()]
-    layers += [nn.LayerNorm(11, elementwise_affine=False), nn.ReLU(), nn.Dropout(0.1), nn.Linear(11, 10)]
+    layers += [nn.LayerNorm(11, elementwise_affine=False), nn.Hardswish(), nn.Dropout(0.1), nn.Linear(11, 10)]
     return nn.Sequential(*layers)
 
 
