@@ -149,11 +149,11 @@ def augment(images):
     """Deforms every image on its own, within what leaves a digit the same digit.
 
     Rotation up to 12 degrees, scale up to 12 % in width and in height, slant up to 0.15 and shift up
-    to 1 pixel, each either way and drawn uniformly. Besides, an elastic deformation: 5 x 5 points, evenly
-    spaced, are moved by normally distributed ways, of a standard deviation of 0.6 pixels, and what is
-    between them smoothly with them. After P. Simard et al., "Best practices for convolutional neural
-    networks applied to visual document analysis", ICDAR 2003.
-    Takes and returns normalised images, float32 (N, 1, 28, 28), on whose device all of it is drawn.
+    to 1 pixel, each either way and drawn uniformly. To these comes an elastic deformation: a grid of 5 x 5
+    displacements, drawn from a normal distribution with a standard deviation of 0.6 pixels in x and in y,
+    is interpolated to a smooth displacement of every pixel. After P. Simard et al., "Best practices for
+    convolutional neural networks applied to visual document analysis", ICDAR 2003.
+    Takes and returns normalised images, float32 (N, 1, 28, 28); the generator is their device's default.
     """
     draw = torch.rand(6, len(images), 1, 1, device=images.device) * 2 - 1
     angle, slant = draw[0] * math.radians(12), draw[3] * 0.15
@@ -166,11 +166,11 @@ def augment(images):
     x = width * cosine * right + width * (slant - sine) * down + x
     y = height * sine * right + height * cosine * down + y
     grid = torch.stack([x, y])
-    ways = torch.randn(2 * len(images), 25, device=images.device) * (0.6 / 14)
-    # How far each point takes each pixel: worked out for one image, as `interpolate` is slow on a CPU.
+    displacements = torch.randn(2 * len(images), 25, device=images.device) * (0.6 / 14)
+    # What each of 5 displacements in a row weighs at each pixel: to interpolate all images is slow on a CPU.
     points = torch.eye(5, device=images.device)[None, None]
-    pull = interpolate(points, (5, 28), mode="bicubic", align_corners=True)[0, 0]
-    grid.view(-1, 28 * 28).addmm_(ways, torch.kron(pull, pull))
+    weights = interpolate(points, (5, 28), mode="bicubic", align_corners=True)[0, 0]
+    grid.view(-1, 28 * 28).addmm_(displacements, torch.kron(weights, weights))
     background = -MEAN / STD  # what comes in from outside the image
     return grid_sample(images - background, grid.permute(1, 2, 3, 0), align_corners=False) + background
 

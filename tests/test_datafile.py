@@ -329,15 +329,15 @@ def test_each_deformation_is_torchvisions_affine_at_its_limit(mnist, monkeypatch
     torch.testing.assert_close(datafile.augment(images), expected + background, rtol=0, atol=1e-3)
 
 
-def test_the_elastic_deformation_moves_points_and_smoothly_what_is_between_them(mnist, monkeypatch):
+def test_the_elastic_deformation_is_an_interpolated_grid_of_displacements(mnist, monkeypatch):
     images = mnist[2].dataset.tensors[0][:100]
-    ways = torch.randn(200, 25)
+    drawn = torch.randn(200, 25)
     monkeypatch.setattr(torch, "rand", lambda *size, device: torch.full(size, 0.5))  # nothing else
-    monkeypatch.setattr(torch, "randn", lambda *size, device: ways)
-    moved = interpolate(ways.view(2, 100, 5, 5) * 0.6, (28, 28), mode="bicubic", align_corners=True)  # pixels
+    monkeypatch.setattr(torch, "randn", lambda *size, device: drawn)
+    pixels = interpolate(drawn.view(2, 100, 5, 5) * 0.6, (28, 28), mode="bicubic", align_corners=True)
     unmoved = affine_grid(torch.eye(2, 3).expand(100, 2, 3), list(images.shape), align_corners=False)
     background = -datafile.MEAN / datafile.STD
-    grid = unmoved + moved.permute(1, 2, 3, 0) / 14
+    grid = unmoved + pixels.permute(1, 2, 3, 0) / 14
     expected = grid_sample(images - background, grid, align_corners=False) + background
     torch.testing.assert_close(datafile.augment(images), expected, rtol=0, atol=1e-4)
 
