@@ -6,6 +6,7 @@ kept on the device as one tensor; a batch is one indexing operation on it.
     train_loader, validation_loader, test_loader = get_loaders(device="cuda")
 """
 
+import functools
 import math
 import tempfile
 from pathlib import Path
@@ -145,6 +146,14 @@ def normalize(images):
     return images.unsqueeze(1).float().div_(255).sub_(MEAN).div_(STD)
 
 
+@functools.cache
+def elastic_weights(device):
+    """Returns each of 5 x 5 displacements' bicubic weight at each of 28 x 28 pixels, float32 (25, 784)."""
+    points = torch.eye(5, device=device)[None, None]
+    weights = interpolate(points, (5, 28), mode="bicubic", align_corners=True)[0, 0]
+    return torch.kron(weights, weights)
+
+
 def augment(images):
     """Deforms every image on its own, within what leaves a digit the same digit.
 
@@ -165,12 +174,10 @@ def augment(images):
     down = right[:, None]
     x = width * cosine * right + width * (slant - sine) * down + x
     y = height * sine * right + height * cosine * down + y
-    grid = torch.stack([x, y])
+    grid = torch.stack([x, y])  # two planes: pairs of x and y would cost a CPU half as much time again
     displacements = torch.randn(2 * len(images), 25, device=images.device) * (0.6 / 14)
-    # What each of 5 displacements in a row weighs at each pixel: to interpolate all images is slow on a CPU.
-    points = torch.eye(5, device=images.device)[None, None]
-    weights = interpolate(points, (5, 28), mode="bicubic", align_corners=True)[0, 0]
-    grid.view(-1, 28 * 28).addmm_(displacements, torch.kron(weights, weights))
+    # One product, as `interpolate` would take longer than all the rest on a CPU.
+    grid.view(-1, 28 * 28).addmm_(displacements, elastic_weights(images.device))
     background = -MEAN / STD  # what comes in from outside the image
     return grid_sample(images - background, grid.permute(1, 2, 3, 0), align_corners=False) + background
 

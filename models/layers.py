@@ -53,6 +53,7 @@ class Deskew(nn.Module):
         right, down = self.axis, self.axis[:, None]
         x = width * right + slant * height * down + x
         y = (height * down + y).expand_as(x)
+        # Two planes, not pairs of x and y, which take longer on a CPU.
         return F.grid_sample(ink, torch.stack([x, y]).permute(1, 2, 3, 0), align_corners=False)
 
 

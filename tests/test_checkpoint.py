@@ -204,7 +204,9 @@ def test_folders_pipes_and_missing_files_are_refused(state, tmp_path):
         assert refusal(path, state)
 
 
-@pytest.mark.parametrize("version", [*VALUES, torch.zeros(3, 4), "a\nb", 1, FORMAT_VERSION + 1], ids=repr)
+@pytest.mark.parametrize(
+    "version", [*VALUES, torch.zeros(3, 4), "a\nb", 2, 3, FORMAT_VERSION - 1, FORMAT_VERSION + 1], ids=repr
+)
 def test_a_state_of_another_version_is_refused(state, tmp_path, version):
     torch.save(state | {"version": version}, tmp_path / "other.pth")
     assert "no training state of this version" in refusal(tmp_path / "other.pth", state)
