@@ -1,6 +1,8 @@
 """A page to draw a digit on and see it read, served to this computer alone."""
 
+import contextlib
 import json
+import socket
 import webbrowser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,6 +16,8 @@ PORTS = range(8000, 8100)
 class Handler(BaseHTTPRequestHandler):
     """Answers GET / with the page, and POST / of a picture with what `server.read` says of it."""
 
+    timeout = 10  # seconds that a client may say nothing
+
     def do_GET(self):
         if self.is_allowed():
             self.answer(200, "text/html; charset=utf-8", PAGE.read_bytes())
@@ -23,7 +27,6 @@ class Handler(BaseHTTPRequestHandler):
             return
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or int(length) > LARGEST:
-            self.close_connection = True  # what follows is not read
             self.refuse(413, f"a picture has at most {LARGEST:,} bytes, and says how many")
             return
         try:
@@ -55,6 +58,14 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         self.wfile.write(content)
+
+    def finish(self):
+        """Reads the rest of a refused request: were it closed before, its sender could miss the answer."""
+        with contextlib.suppress(OSError):  # the client has hung up
+            self.connection.shutdown(socket.SHUT_WR)
+            while self.rfile.read1(65536):
+                pass
+        super().finish()
 
     def log_message(self, *arguments):
         """Prints nothing: a stroke is many requests."""

@@ -1,6 +1,7 @@
 import contextlib
 import os
 import re
+import signal
 import struct
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import train
 from support import checkpoint
 
 torch.set_num_threads(1)  # as many as there are for sure, whatever else the machine does
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
 ROOT = Path(__file__).resolve().parent.parent
 RAW_DIR = datafile.DATA_DIR / "MNIST" / "raw"
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
