@@ -69,8 +69,7 @@ def train_epoch(model, average, loader, optimizer, epoch, augmented=True):
     model.train()
     averaged, values = floating_point(average), floating_point(model)
     lr = optimizer.param_groups[0]["lr"]
-    # A step's row: its sums of losses and of hits. Nothing waits for the device, but where a bar shows them.
-    sums = torch.zeros(len(loader), 2, device=next(model.parameters()).device)
+    losses, hits = [], []  # a batch's sums, on the device: nothing waits for it, but where a bar shows them
     seen = 0
     hidden = process.RANK > 0 or not process.is_terminal(sys.stderr)
     with tqdm(loader, f"Epoch {epoch}", leave=False, disable=hidden) as bar:
@@ -84,17 +83,17 @@ def train_epoch(model, average, loader, optimizer, epoch, augmented=True):
             optimizer.step()
             update_average(averaged, values, 9 / (10 + steps_before))  # spans the last ninth of all steps
 
-            hits = (logits.argmax(1) == labels).sum()
-            sums[step] = torch.stack([loss.detach() * len(labels), hits])
+            losses.append(loss.detach() * len(labels))
+            hits.append((logits.argmax(1) == labels).sum())
             seen += len(labels)
             if step % 50 == 49 and not hidden:
-                loss_sum, hits = sums.sum(0).tolist()
-                bar.set_postfix_str(f"loss {loss_sum / seen:.3f}, {hits / seen:.2%}", refresh=False)
+                mean_loss, mean_hits = (float(torch.stack(sums).sum()) / seen for sums in (losses, hits))
+                bar.set_postfix_str(f"loss {mean_loss:.3f}, {mean_hits:.2%}", refresh=False)
     optimizer.param_groups[0]["lr"] = lr
-    losses, hits = sums.cpu().double().unbind(1)
-    for step, loss in enumerate(losses.tolist(), 1):
+    losses, hits = (torch.stack(values).cpu().tolist() for values in (losses, hits))
+    for step, loss in enumerate(losses, 1):
         check_finite(loss, f"in epoch {epoch}, step {step}", optimizer)
-    return float(losses.sum()) / seen, float(hits.sum()) / seen
+    return sum(losses) / seen, sum(hits) / seen
 
 
 def check_finite(loss, where, optimizer):

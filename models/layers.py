@@ -35,7 +35,7 @@ class Deskew(nn.Module):
         super().__init__()
         axis = (torch.arange(28) + 0.5) / 14 - 1  # the centres of the pixels, from -1 to 1
         y, x = (plane.flatten() for plane in torch.meshgrid(axis, axis, indexing="ij"))
-        self.register_buffer("monomials", torch.stack([x**0, x, y, x * x, x * y, y * y], 1), persistent=False)
+        self.register_buffer("monomials", torch.stack([x**0, x, y, x * x, x * y, y * y]), persistent=False)
         # The same axis to the last bit as that of `affine_grid`, which takes ten times as long on a CPU.
         self.register_buffer("axis", torch.linspace(-1, 1, 28) * 27 / 28, persistent=False)
 
@@ -43,7 +43,7 @@ class Deskew(nn.Module):
         images = images.to(self.axis.dtype)
         paper, full = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
         ink = (images - paper) * (self.INK / (full - paper).clamp(min=1e-3))
-        moments = ink.flatten(1) @ self.monomials
+        moments = F.linear(ink.flatten(1), self.monomials)
         x, y, xx, xy, yy = (moments[:, 1:] / moments[:, :1].clamp(min=1e-3)).unbind(1)
         xx, xy, yy = xx - x * x, xy - x * y, (yy - y * y).clamp(min=1e-3)
         x, y, xx, xy, yy = (moment[:, None, None] for moment in (x, y, xx, xy, yy))
@@ -51,7 +51,7 @@ class Deskew(nn.Module):
         height = (yy.sqrt() / self.HEIGHT).sqrt()
         width = ((xx - slant * xy).clamp(min=1e-2).sqrt() / self.WIDTH).sqrt()
         right, down = self.axis, self.axis[:, None]
-        x = width * right + slant * height * down + x
+        x = width * right + (slant * height * down + x)
         y = (height * down + y).expand_as(x)
         # Two planes, not pairs of x and y, which take longer on a CPU.
         return F.grid_sample(ink, torch.stack([x, y]).permute(1, 2, 3, 0), align_corners=False)
@@ -112,7 +112,8 @@ class P4MReadout(nn.Module):
     """Reads each feature at learned places, each channel in its own orientation (see `orient`).
 
     It is a convolution without bias, of as many groups as there are channels, whose kernel is as large as
-    the image; as a product with a matrix that is mostly zeros it saves a quarter of Model_3's step with AVX2.
+    the image; as a product for each feature, with a matrix that is mostly zeros, it takes a tenth of the
+    time with AVX2.
 
     Takes float32 (N, 8 * features, size, size), returns float32 (N, 8 * features * places, 1, 1).
 
@@ -126,14 +127,16 @@ class P4MReadout(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(places * features, 1, 1, 1, size, size))
         nn.init.normal_(self.weight, std=1 / size)
-        channels = 8 * features
+        self.shape = features, 8 * places, size * size, 1
         index = orient(torch.arange(self.weight.numel()).view_as(self.weight)).flatten(1)
-        index = index.unflatten(0, (places, channels)).transpose(0, 1).flatten()  # a channel's side by side
+        index = index.unflatten(0, (places, -1)).transpose(0, 1).flatten()  # a channel's side by side
         self.register_buffer("index", index, persistent=False)
-        own_channel = torch.eye(channels).repeat_interleave(places, 0)[:, None]
-        self.register_buffer("own_channel", own_channel, persistent=False)  # (channels * places, 1, channels)
+        own_channel = torch.eye(8).repeat_interleave(places, 0)[:, None]
+        self.register_buffer("own_channel", own_channel, persistent=False)  # (8 * places, 1, 8)
 
     def forward(self, images):
-        kernels = self.weight.flatten().index_select(0, self.index).view(self.own_channel.shape[0], -1, 1)
-        matrix = (kernels * self.own_channel).flatten(1)
-        return F.linear(images.permute(0, 2, 3, 1).flatten(1), matrix)[:, :, None, None]
+        kernels = self.weight.flatten().index_select(0, self.index).view(self.shape)
+        matrices = (kernels * self.own_channel).flatten(2)
+        images = images.permute(0, 2, 3, 1).unflatten(3, (-1, 8))  # so that the gradient is channels_last
+        images = images.permute(3, 0, 1, 2, 4).flatten(2)  # (features, N, size * size * 8)
+        return (images @ matrices.mT).transpose(0, 1).flatten(1)[:, :, None, None]

@@ -331,7 +331,7 @@ def test_each_deformation_is_torchvisions_affine_at_its_limit(mnist, monkeypatch
 
 def test_the_elastic_deformation_is_an_interpolated_grid_of_displacements(mnist, monkeypatch):
     images = mnist[2].dataset.tensors[0][:100]
-    drawn = torch.randn(200, 25)
+    drawn = torch.randn(2, 100, 25)
     monkeypatch.setattr(torch, "rand", lambda *size, device: torch.full(size, 0.5))  # nothing else
     monkeypatch.setattr(torch, "randn", lambda *size, device: drawn)
     pixels = interpolate(drawn.view(2, 100, 5, 5) * 0.6, (28, 28), mode="bicubic", align_corners=True)
