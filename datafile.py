@@ -176,8 +176,7 @@ def augment(images):
     cosine, sine = angle.cos(), angle.sin()
     affine = torch.stack([width * cosine, width * (slant - sine), x, height * sine, height * cosine, y])
     elastic = torch.randn(2, len(images), 25, device=images.device) * (0.6 / 14)
-    # Where each pixel comes from. One product, as a CPU takes ten times as long for `affine_grid` and
-    # `interpolate`, and two planes, as it takes half as long again for pairs of x and y.
+    # Where each pixel comes from, as one product: `affine_grid` and `interpolate` take a CPU far longer.
     grid = torch.cat([affine.view(2, 3, -1).mT, elastic], 2) @ grid_terms(images.device)
     grid = grid.view(2, -1, 28, 28).permute(1, 2, 3, 0)
     background = -MEAN / STD  # what comes in from outside the image

@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import distributed, nn
+from torch.nn.functional import conv2d
 from torch.nn.utils import prune
 from torch.optim.swa_utils import AveragedModel
 
@@ -136,6 +137,13 @@ def test_a_readout_takes_the_orientation_of_its_channel():
     mirrored = layer(features.flip(-1, 2, 3).roll(1, 3).flatten(1, 3)).view_as(output)
     torch.testing.assert_close(turned, output.roll(1, 3), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(mirrored, output.flip(2, 3).roll(1, 3), rtol=1e-4, atol=1e-5)
+
+
+def test_the_readout_is_a_convolution_of_as_many_groups_as_channels():
+    layer = P4MReadout(3, 2, 7)
+    images = torch.randn(4, 24, 7, 7)
+    kernels = layer.weight.flatten()[layer.index].view(48, 1, 7, 7)
+    torch.testing.assert_close(layer(images), conv2d(images, kernels, groups=24), rtol=1e-4, atol=1e-5)
 
 
 def bar(top, left, height, width, slant):
