@@ -1,16 +1,17 @@
-"""Say how good saved models are, each and together, or what they read in pictures of your own digits.
+"""Evaluate saved models on the test set, or classify images of your own digits.
 
-    python evaluate.py best_Model_3.pth                              # on the test images
-    python evaluate.py best_Model_*.pth --plot pictures              # and as an ensemble; with pictures
-    python evaluate.py best_Model_3.pth --images seven.png photos/   # one digit a picture
-    python evaluate.py best_Model_3.pth --draw                       # on a page, with a mouse or a finger
+    python evaluate.py                                       # the trained Model_3 in models/weights
+    python evaluate.py best_Model_*.pth --plot pictures      # several models and their ensemble, with plots
+    python evaluate.py --images seven.png photos/            # one digit per image
+    python evaluate.py best_Model_3.pth --draw               # on a page, with a mouse or a finger
 
-Several models, of one class or of several, vote by the mean of their softmax outputs.
+An ensemble predicts the mean of its models' softmax outputs.
 """
 
 from support import startup  # noqa: F401  # isort: skip  # before PyTorch is imported
 
 import argparse
+import io
 import statistics
 import sys
 import time
@@ -18,76 +19,97 @@ from pathlib import Path
 
 import torch
 
-from datafile import DATA_DIR, DataError, get_loaders, normalize
-from support import checkpoint, flags, page, plots, process
-from support.drawings import SentDrawing, read_drawing, read_drawings
-from support.metrics import accuracy, predict, vote
+from datafile import DATA_DIR, DataError, get_test_loader, normalize
+from models import MODELS
+from support import checkpoint, device, flags, page, plots, process
+from support.drawings import DrawingError, find_images, read_drawing
+from support.metrics import accuracy, ensemble_probabilities, predict
+
+WEIGHTS = Path(__file__).resolve().parent / "models" / "weights" / "Model_3.pth"
 
 
 def print_scores(title, probabilities, labels):
-    """Prints the accuracy, the number of wrong images and each digit's recall."""
-    right = probabilities.argmax(1) == labels
-    print(f"{title}\nTest Accuracy: {accuracy(probabilities, labels):.2%} ({(~right).sum()} images wrong)")
-    recalls = [f"{digit}: {right[labels == digit].float().mean():.2%}" for digit in range(10)]
-    print("Recall of each digit: " + ", ".join(recalls))
+    """Prints the accuracy, the number of errors and the recall of each digit in the labels."""
+    correct = probabilities.argmax(1) == labels
+    print(f"{title}\nTest Accuracy: {accuracy(probabilities, labels):.2%} ({(~correct).sum()} errors)")
+    recalls = [
+        f"{digit}: {correct[labels == digit].float().mean():.2%}" for digit in labels.unique().tolist()
+    ]
+    print("Recall: " + ", ".join(recalls))
 
 
 @torch.no_grad()
 def print_speed(model, loader):
-    """Prints the time that one image takes alone, a median of 100, and how many a second go in batches."""
+    """Prints single-image latency (median of 100 passes) and batched throughput."""
 
     def seconds(function, *arguments):
         started = time.perf_counter()
-        function(*arguments)[0].cpu()  # waits for the device
+        function(*arguments)[0].cpu()  # synchronizes with the device
         return time.perf_counter() - started
 
     image = loader.dataset.tensors[0][:1]
     latency = statistics.median(seconds(model, image) for _ in range(100))
     throughput = len(loader.dataset) / statistics.median(seconds(predict, model, loader) for _ in range(3))
-    print(f"Latency: {1000 * latency:.2f} ms an image; throughput: {throughput:,.0f} images/s\n")
+    print(f"Latency: {1000 * latency:.2f} ms; throughput: {throughput:,.0f} images/s\n")
 
 
 def evaluate(models, args):
-    """Prints what the models of `args.checkpoints` score on the test images, each and together."""
-    loader = get_loaders(device=args.device, data_dir=args.data_dir)[2]
-    images, labels = (tensor.cpu() for tensor in loader.dataset.tensors)
-    probabilities = []
+    """Prints test accuracy for each model and for their ensemble."""
+    loader = get_test_loader(args.device, args.data_dir)
+    logits = []
     for path, model in zip(args.checkpoints, models):
-        probabilities.append(predict(model, loader)[0].cpu().softmax(1))
+        outputs, labels = predict(model, loader)
+        logits.append(outputs)
         parameters = sum(parameter.numel() for parameter in model.parameters())
-        print_scores(f"{path}: {type(model).__name__}, {parameters:,} parameters", probabilities[-1], labels)
+        title = f"{path}: {type(model).__name__}, {parameters:,} parameters"
+        print_scores(title, outputs.softmax(1), labels)
         print_speed(model, loader)
-    together = torch.stack(probabilities).mean(0)
+    probabilities = ensemble_probabilities(logits)
     if len(models) > 1:
-        print_scores(f"Ensemble of these {len(models)}", together, labels)
+        print_scores(f"Ensemble of {len(models)} models", probabilities, labels)
     if args.plot:
-        for path in plots.evaluation(models, images, together, labels, args.plot):
+        images = loader.dataset.tensors[0].cpu()
+        for path in plots.evaluation(models, images, probabilities, labels, args.plot):
             print(f"See {path}")
 
 
-def answer_drawings(models, args):
-    """Serves a page to draw on, and says what the models see in each drawing."""
+@torch.no_grad()
+def classify(models, digit, device):
+    """Returns the ensemble's probabilities, float32 (10,) on the CPU, for an image, uint8 (28, 28)."""
+    images = normalize(digit[None].to(device))
+    return ensemble_probabilities(model(images) for model in models)[0].cpu()
+
+
+def serve_page(models, args):
+    """Serves a drawing page and classifies what is drawn on it."""
 
     def read(content):
-        digit = read_drawing(SentDrawing(content))
-        probabilities = vote(models, normalize(digit[None].to(args.device)))[0]
+        digit = read_drawing(io.BytesIO(content))
+        probabilities = classify(models, digit, args.device)
         return {"probabilities": probabilities.tolist(), "image": digit.flatten().tolist()}
 
     page.serve(read)
 
 
-def predict_drawings(models, args):
-    """Prints which digit models see in each picture, plots 64 of them; returns whether all could be read."""
+def classify_images(models, args):
+    """Classifies image files and plots the first 64. Returns False if a file could not be read."""
     titles, digits, failed = [], [], False
-    for path, digit in read_drawings(args.images):
-        if isinstance(digit, Exception):
-            process.warn(f"evaluate.py: error: {digit}")
+    images, skipped = find_images(flags.expand(args.images))
+    if skipped:
+        advice = " (convert HEIC to JPEG)" if any(path.suffix.lower() == ".heic" for path in skipped) else ""
+        process.warn(f"Skipped files{advice}: {', '.join(path.name for path in skipped)}")
+    for path in images:
+        try:
+            digit = read_drawing(path)
+        except (DrawingError, OSError) as error:
+            process.warn(f"evaluate.py: error: {error}")
             failed = True
             continue
-        probabilities = vote(models, normalize(digit[None].to(args.device)))[0]
-        (first, second), (guess, other) = (top.tolist() for top in probabilities.topk(2))
-        print(f"{path}: {guess} ({first:.1%}), else {other} ({second:.1%})")
-        titles.append(f"{guess} ({first:.0%})")
+        (first, second), (best, other) = (
+            top.tolist() for top in classify(models, digit, args.device).topk(2)
+        )
+        print(f"{path}: {best} ({100 * first:.1f} %), then {other} ({100 * second:.1f} %)")
+        titles.append(f"{best} ({100 * first:.0f} %)")
         digits.append(digit)
     if args.plot and digits:
         print(f"See {plots.grid(digits[:64], args.plot / 'seen.png', titles)}")
@@ -95,33 +117,41 @@ def predict_drawings(models, args):
 
 
 def parse_args(arguments=None):
-    """Parses these arguments, or the command line's; prints usage and exits with status 2 on a mistake."""
-    parser = argparse.ArgumentParser(description="Say how good models are, or what they read in pictures.")
-    add = parser.add_argument
-    add("checkpoints", type=Path, nargs="+", metavar="CHECKPOINT", help="a file like best_Model_3.pth")
-    add("--model", choices=checkpoint.model_classes(), help="where a file's weights fit several models")
-    add("--images", type=Path, nargs="+", metavar="PATH", help="pictures of a digit, or folders of them")
-    add("--draw", action="store_true", help="serve a page to draw a digit on")
-    add("--plot", type=Path, metavar="DIR", help="for pictures of what the models see; needs matplotlib")
-    add("--device", type=flags.device, default=flags.default_device(), help="default: %(default)s")
-    add("--data-dir", type=Path, default=DATA_DIR, metavar="DIR", help="has MNIST/raw; default: %(default)s")
-    return parser.parse_args(arguments)
+    """Parses the command line (or `arguments`, if given)."""
+    parser = argparse.ArgumentParser(description="Evaluate saved models, or classify your own digits.")
+    add, mode = parser.add_argument, parser.add_mutually_exclusive_group()
+    help_ = "files of weights (default: models/weights/Model_3.pth)"
+    add("checkpoints", type=flags.path, nargs="*", default=[WEIGHTS], metavar="CHECKPOINT", help=help_)
+    add("--model", choices=MODELS, help="model class, if the weights fit several")
+    help_ = "images of one digit each, or directories of them"
+    mode.add_argument("--images", type=flags.path, nargs="+", metavar="PATH", help=help_)
+    mode.add_argument("--draw", action="store_true", help="serve a page to draw digits on")
+    add("--plot", type=flags.path, metavar="DIR", help="directory for plots (requires matplotlib)")
+    add("--device", type=device.device, help="device to run on (default: cuda if available, else cpu)")
+    add("--data-dir", type=flags.path, default=DATA_DIR, metavar="DIR", help="directory with MNIST/raw")
+    args = parser.parse_args(arguments)
+    for path in args.images or []:
+        if path.suffix == ".pth":
+            parser.error(f"{path} is not an image: put checkpoints before --images")
+    return args
 
 
 def main():
     args = parse_args()
-    errors = process.sentences_for(DataError, checkpoint.CheckpointError, plots.PlotError)
-    with errors, process.printed_lines():
+    errors = DataError, DrawingError, checkpoint.CheckpointError, plots.PlotError
+    with process.exit_on_error(*errors):
+        process.line_buffer_stdout()
         if args.plot:
             plots.check_matplotlib()
-            process.check_writable(args.plot)
-        args.device = process.own_device(args.device)
+            process.make_writable(args.plot)
+        args.device = device.select_device(args.device)
+        args.checkpoints = flags.expand(args.checkpoints)
         models = [checkpoint.load(path, args.model).to(args.device) for path in args.checkpoints]
         if args.draw:
-            answer_drawings(models, args)
+            serve_page(models, args)
         elif not args.images:
             evaluate(models, args)
-        elif not predict_drawings(models, args):
+        elif not classify_images(models, args):
             sys.exit(1)
 
 

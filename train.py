@@ -1,9 +1,9 @@
-"""Train a tiny MNIST classifier and report how good it is.
+"""Train a tiny MNIST classifier and report its test accuracy.
 
 python train.py                                  # Model_3, the advanced one
 python train.py --model Model_1 --seed 1
 python train.py --model all --output-dir runs
-python train.py --resume                         # go on where an interrupted run was
+python train.py --resume                         # resume an interrupted run
 python train.py --runs 10                        # seeds 0 to 9: mean, spread and ensemble
 torchrun --nproc-per-node=2 train.py --folds 5   # cross-validation, two folds at a time
 """
@@ -11,12 +11,12 @@ torchrun --nproc-per-node=2 train.py --folds 5   # cross-validation, two folds a
 from support import startup  # noqa: F401  # isort: skip  # before PyTorch is imported
 
 import argparse
+import contextlib
 import copy
-import functools
 import math
 import sys
 import time
-from pathlib import Path
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -26,18 +26,19 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchsummary import summary
 from tqdm import tqdm
 
-import models
-from datafile import DATA_DIR, DataError, augment, get_loaders
-from support import checkpoint, flags, plots, process
+from datafile import BACKGROUND, DATA_DIR, DataError, get_loaders
+from models import MODELS
+from support import checkpoint, device, flags, plots, process, workers
+from support.augmentation import augment
 from support.checkpoint import TrainingState
 from support.metrics import accuracy, predict, print_runs
 
 
 class Recipe(NamedTuple):
-    """What differs from one model's training to another's."""
+    """Per-model hyperparameters."""
 
     epochs: int
-    lr: dict  # each optimiser's learning rate at the start
+    lr: dict  # initial learning rate, by optimizer
 
 
 RECIPES = {
@@ -46,251 +47,233 @@ RECIPES = {
     "Model_3": Recipe(15, {"adam": 0.01, "adamw": 0.01, "nadam": 0.01, "radam": 0.01, "sgd": 0.1}),
 }
 OPTIMIZERS = {
-    "adam": optim.Adam,
-    "adamw": optim.AdamW,
+    "adam": partial(optim.Adam, fused=True),
+    "adamw": partial(optim.AdamW, fused=True),
     "nadam": optim.NAdam,
     "radam": optim.RAdam,
-    "sgd": functools.partial(optim.SGD, momentum=0.9, nesterov=True),
+    "sgd": partial(optim.SGD, momentum=0.9, nesterov=True, fused=True),
 }
-WARM_UP = 100  # steps over which the learning rate rises to its first value
-FUSED = {"optimizers": ("adam", "adamw", "sgd"), "devices": ("cpu", "cuda", "mps")}  # one kernel for a step
+WARM_UP = 100  # linear warm-up, in steps; at most the first epoch
 
 
 def train_epoch(model, average, loader, optimizer, epoch, augmented=True):
-    """Takes one optimiser step a batch, the average of the weights following each.
+    """Trains for one epoch (counted from 1) and updates the weight average after every step.
 
     Returns:
-        The mean loss of the epoch and its accuracy (a fraction), on the images as the model saw
-        them: augmented, with dropout, and by weights that were still changing.
+        Mean training loss and accuracy (a fraction), accumulated during the epoch.
 
     Raises:
-        FloatingPointError: a step's loss is not finite.
+        FloatingPointError: the loss of a step is not finite.
     """
     model.train()
-    averaged, values = floating_point(average), floating_point(model)
+    averaged, weights = map(floating_point_tensors, (average, model))
     lr = optimizer.param_groups[0]["lr"]
-    losses, hits = [], []  # a batch's sums, on the device: nothing waits for it, but where a bar shows them
-    seen = 0
-    hidden = process.RANK > 0 or not process.is_terminal(sys.stderr)
-    with tqdm(loader, f"Epoch {epoch}", leave=False, disable=hidden) as bar:
-        for step, (images, labels) in enumerate(bar):
-            steps_before = (epoch - 1) * len(loader) + step
-            optimizer.param_groups[0]["lr"] = lr * min(1, (steps_before + 1) / WARM_UP)
-            logits = model(augment(images) if augmented else images)
+    losses, correct, seen = [], [], 0  # per-batch sums; kept on the device to avoid synchronization
+    show_bar = workers.RANK == 0 and sys.stderr is not None and sys.stderr.isatty()
+    with tqdm(loader, f"Epoch {epoch}", leave=False, disable=not show_bar, dynamic_ncols=True) as bar:
+        for step, (images, labels) in enumerate(bar, 1):
+            if epoch == 1:
+                optimizer.param_groups[0]["lr"] = lr * min(1, step / min(WARM_UP, len(loader)))
+            logits = model(augment(images, BACKGROUND) if augmented else images)
             loss = cross_entropy(logits, labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            update_average(averaged, values, 9 / (10 + steps_before))  # spans the last ninth of all steps
+            update_average(averaged, weights, 9 / (9 + (epoch - 1) * len(loader) + step))
 
             losses.append(loss.detach() * len(labels))
-            hits.append((logits.argmax(1) == labels).sum())
+            correct.append((logits.argmax(1) == labels).sum())
             seen += len(labels)
-            if step % 50 == 49 and not hidden:
-                mean_loss, mean_hits = (float(torch.stack(sums).sum()) / seen for sums in (losses, hits))
-                bar.set_postfix_str(f"loss {mean_loss:.3f}, {mean_hits:.2%}", refresh=False)
-    optimizer.param_groups[0]["lr"] = lr
-    losses, hits = (torch.stack(values).cpu().tolist() for values in (losses, hits))
+            if show_bar and step % 50 == 0:
+                means = [float(torch.stack(sums).sum()) / seen for sums in (losses, correct)]
+                bar.set_postfix_str("loss {:.3f}, {:.2%}".format(*means), refresh=False)
+    losses, correct = (torch.stack(sums).cpu().tolist() for sums in (losses, correct))
     for step, loss in enumerate(losses, 1):
         check_finite(loss, f"in epoch {epoch}, step {step}", optimizer)
-    return sum(losses) / seen, sum(hits) / seen
+    return sum(losses) / seen, sum(correct) / seen
 
 
 def check_finite(loss, where, optimizer):
-    """Raises FloatingPointError where a loss is not finite, saying where and what to do."""
+    """Raises FloatingPointError if the loss is NaN or infinite."""
     if not math.isfinite(loss):
-        raise FloatingPointError(
-            f"the loss became {loss} {where}, at a learning rate of {optimizer.param_groups[0]['lr']:g}: "
-            "try a lower one (--lr)"
-        )
+        lr = optimizer.param_groups[0]["lr"]
+        raise FloatingPointError(f"the loss became {loss} {where}, at learning rate {lr:g}: try a lower --lr")
 
 
-def floating_point(model):
-    """Returns a model's weights and batch normalisation's statistics, which an average can be taken of."""
+def floating_point_tensors(model):
+    """Returns the floating-point tensors of a model's state dict: the ones that can be averaged."""
     return [value for value in model.state_dict().values() if value.is_floating_point()]
 
 
-def update_average(averaged, values, weight):
-    """Moves the tensors of the average towards those of the model by this weight.
+def update_average(averaged, weights, weight):
+    """Updates the average in place: `averaged += weight * (weights - averaged)`.
 
-    With a weight of (eta + 1) / (t + eta) at step t this is polynomial-decay averaging, here with eta = 8
-    but for an offset of one step: O. Shamir, T. Zhang, "Stochastic gradient descent for non-smooth
-    optimization", ICML 2013. (`torch.optim.swa_utils.AveragedModel` waits for the device at each call.)
+    With weight = (eta + 1) / (t + eta) at step t this is polynomial-decay averaging, here with eta = 8 but
+    for an offset of one step: the effective window is the last ninth of the steps so far. O. Shamir,
+    T. Zhang, "Stochastic gradient descent for non-smooth optimization", ICML 2013.
+    (`torch.optim.swa_utils.AveragedModel` synchronizes with the device on every call.)
     """
-    torch._foreach_lerp_(averaged, values, weight)
+    torch._foreach_lerp_(averaged, weights, weight)
 
 
-def start(name, args, seed, fold, loaders):
-    """Prints what is trained, how and on what, so that a log tells it without its command.
-
-    Returns:
-        A `TrainingState` in which no step was taken.
-    """
-    torch.manual_seed(seed)
+def create_training_state(name, args, seed, fold, loaders):
+    """Returns a new `TrainingState` for the model with this name, and prints its configuration."""
     lr = args.lr or RECIPES[name].lr[args.optimizer]
-    model = getattr(models, name)().to(args.device)
-    part = f"{fold} of {args.folds}" if fold else "none"
-    print(f"{name} on {args.device}, seed {seed}" + (f", fold {part}" if fold else ""))
-    print(
-        f"{args.optimizer}, learning rate {lr:g}, batches of {args.batch_size}, "
-        f"{'augmented' if args.augment else 'not augmented'}, {torch.get_num_threads()} CPU threads, "
-        f"PyTorch {torch.__version__}"
-    )
+    settings = {"model": name, "seed": seed, "folds": f"{fold}/{args.folds}" if fold else "none"}
+    settings |= {
+        "optimizer": args.optimizer,
+        "lr": lr,
+        "batch_size": args.batch_size,
+        "augment": args.augment,
+    }
+    print(f"{name} on {args.device}, " + ", ".join(f"{key} {settings[key]}" for key in list(settings)[1:]))
+    print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} CPU threads")
+    sizes = (len(loader.dataset) for loader in loaders[:3])
+    print("Images: {:,} for training, {:,} for validation, {:,} for testing\n".format(*sizes))
+    torch.manual_seed(seed)
+    model = MODELS[name]().to(args.device)
     summary(copy.deepcopy(model).cpu().eval(), (1, 28, 28), device="cpu")
-    sizes = [len(loader.dataset) for loader in loaders]
-    print("Images: {:,} for training, {:,} for validation, {:,} for the test\n".format(*sizes))
-
-    settings = {flag: getattr(args, flag) for flag in ("batch_size", "optimizer", "augment")}
-    settings |= {"model": name, "seed": seed, "lr": lr, "folds": part}
-    fused = args.optimizer in FUSED["optimizers"] and args.device.type in FUSED["devices"]
-    optimizer = OPTIMIZERS[args.optimizer](model.parameters(), lr=lr, **{"fused": True} if fused else {})
+    optimizer = OPTIMIZERS[args.optimizer](model.parameters(), lr=lr)
     scheduler = ReduceLROnPlateau(optimizer, mode="max", factor=0.1, patience=3)
-    return TrainingState(model, optimizer, scheduler, loaders[0].sampler.generator, settings)
+    return TrainingState(model, optimizer, scheduler, loaders.generator, settings)
 
 
-def run_epoch(state, train_loader, validation_loader, augmented):
-    """Trains and validates for an epoch, lowers the learning rate where it is time, and notes it all.
+def run_epoch(state, loaders, augmented):
+    """Runs one epoch of training and validation, steps the scheduler and records the metrics.
 
     Raises:
-        FloatingPointError: the loss, or what the epoch has made of the weights, is not finite.
+        FloatingPointError: the loss or a weight is not finite.
     """
     epoch, optimizer = len(state.history) + 1, state.optimizer
     lr = optimizer.param_groups[0]["lr"]
-    loss, hits = train_epoch(state.model, state.average, train_loader, optimizer, epoch, augmented)
-    logits, labels = (tensor.cpu() for tensor in predict(state.average, validation_loader))
-    validation_loss, validation_accuracy = cross_entropy(logits, labels).item(), accuracy(logits, labels)
-    is_broken = checkpoint.find_not_finite(state.state_dict())  # such a file would be refused
-    check_finite(math.nan if is_broken else validation_loss, f"after epoch {epoch}", optimizer)
+    metrics = train_epoch(state.model, state.average, loaders.train, optimizer, epoch, augmented)
+    logits, labels = predict(state.average, loaders.validation)
+    loss = cross_entropy(logits, labels).item()
+    if checkpoint.find_not_finite(state.average.state_dict()):
+        loss = math.nan
+    check_finite(loss, f"after epoch {epoch}", optimizer)
+    validation_accuracy = accuracy(logits, labels)
     state.scheduler.step(validation_accuracy)
-    state.add_epoch(lr, loss, hits, validation_loss, validation_accuracy)
+    state.add_epoch(lr, *metrics, loss, validation_accuracy)
 
 
 def print_epoch(state, epochs):
-    """Prints what the last epoch has given."""
-    epoch, lr = state.history[-1], state.optimizer.param_groups[0]["lr"]
+    """Prints the metrics of the last epoch."""
+    metrics, lr = state.history[-1], state.optimizer.param_groups[0]["lr"]
     print(f"Epoch: {len(state.history)}/{epochs}")
-    print(f"Training Loss: {epoch['training_loss']:.3f}")
-    print(f"Training Accuracy: {epoch['training_accuracy']:.2%}")
-    print(f"Validation Accuracy: {epoch['validation_accuracy']:.2%}")
+    print(f"Training Loss: {metrics['training_loss']:.3f}")
+    print(f"Training Accuracy: {metrics['training_accuracy']:.2%}")
+    print(f"Validation Accuracy: {metrics['validation_accuracy']:.2%}")
     print("-" * 50)
-    if lr < epoch["lr"]:
+    if lr < metrics["lr"]:
         print(f"Learning rate lowered to {lr:g}")
 
 
-def fit(state, loaders, epochs, args, last_path, best_path):
-    """Trains, validates and saves, epoch by epoch, until the last one or until nothing gets better."""
-    if args.resume and last_path.exists():
-        state.resume(last_path, best_path)
-        how = "finished" if state.is_finished(epochs, args.early_stopping) else "resumed"
-        print(f"{last_path} is {how} after epoch {len(state.history)}")
-    else:
-        if args.resume:
-            print(f"There is no {last_path} to resume: starting from the beginning")
-        checkpoint.set_aside(last_path)
-    process.keep_freed_memory()
-    while not state.is_finished(epochs, args.early_stopping):
-        run_epoch(state, *loaders[:2], args.augment)
-        state.save(last_path, best_path)  # before it is printed: whoever reads it can count on it
-        print_epoch(state, epochs)
-    if len(state.history) < epochs:
-        print(f"Stopped early: no better epoch in the last {args.early_stopping}")
-
-
 def train(name, args, seed, fold=None):
-    """Trains the model of this name, saves its weights after the best epoch and prints what they score.
+    """Trains a model, saves the weights of its best epoch and prints their test accuracy.
 
-    The validation images choose the epoch, lower the learning rate and stop the training; the test images
-    are read once, when all that is decided. With a fold, 1 to `args.folds`, that fold is for validation.
+    The validation set determines the best epoch, the learning rate and early stopping; the test set is
+    evaluated once, at the end. If `fold` (1 to `args.folds`) is given, that fold is the validation set.
 
     Returns:
-        The saved weights' accuracies on the validation and on the test images, fractions; the logits of
-        the test images, float32 (N, 10), and their labels, int64 (N,), both on the CPU.
+        The validation and test accuracy of the saved weights, fractions; the logits of the test images,
+        float32 (N, 10), and their labels, int64 (N,), both on the CPU.
     """
-    started = time.perf_counter()
+    started, epochs = time.perf_counter(), args.epochs or RECIPES[name].epochs
     suffix = f"_fold{fold}" if fold else f"_seed{seed}" if args.runs else ""
-    last_path, best_path = (args.output_dir / f"{kind}_{name}{suffix}.pth" for kind in ("last", "best"))
-    checkpoint.make_way(last_path, best_path)
+    last_path, best_path = (args.output_dir / f"{prefix}_{name}{suffix}.pth" for prefix in ("last", "best"))
     folds = (fold, args.folds) if fold else None
-    options = {"device": args.device, "data_dir": args.data_dir, "upstrokes": args.augment}
-    loaders = get_loaders(args.batch_size, seed=seed, fold=folds, **options)
-    state = start(name, args, seed, fold, loaders)
-    try:
-        fit(state, loaders, args.epochs or RECIPES[name].epochs, args, last_path, best_path)
-        best_epoch = state.best_epoch()
-        state.average.load_state_dict(state.best)
-        logits, labels = (tensor.cpu() for tensor in predict(state.average, loaders[2]))
-        print(f"Test Accuracy: {accuracy(logits, labels):.2%} (epoch {best_epoch}, {best_path.name})")
-        if args.plot:
-            path = args.plot / f"curves_{name}{suffix}.png"
-            print(f"See {plots.curves(state.history, best_epoch, path)}")
-        print(f"Time: {time.perf_counter() - started:.0f} s")
-    except process.Stopped as stopped:
-        stopped.saved = state.saved or stopped.saved
-        raise
-    return state.history[best_epoch - 1]["validation_accuracy"], accuracy(logits, labels), logits, labels
+    loaders = get_loaders(args.batch_size, None, seed, args.device, args.data_dir, folds, args.augment)
+    state = create_training_state(name, args, seed, fold, loaders)
+    resumed = args.resume and last_path.exists()
+    if resumed:
+        state.resume(last_path, best_path)
+        process.saved = f"epoch {len(state.history)} is saved in {last_path}"
+        print(f"Resuming from {last_path} (epoch {len(state.history)})")
+    else:
+        if args.resume:
+            print(f"{last_path}: no such file, starting from the beginning")
+        state.start(last_path, best_path)
+    device.keep_freed_memory()
+    while not state.is_finished(epochs, args.early_stopping):
+        run_epoch(state, loaders, args.augment)
+        state.save(last_path, best_path)  # save first, so that every epoch printed can be resumed from
+        process.saved = f"epoch {len(state.history)} is saved in {last_path}"
+        print_epoch(state, epochs)
+    if len(state.history) < epochs:
+        print(f"Early stopping: no improvement for {args.early_stopping} epochs")
+
+    best_epoch = state.best_epoch()
+    state.average.load_state_dict(state.best)
+    logits, labels = predict(state.average, loaders.test)
+    test_accuracy = accuracy(logits, labels)
+    print(f"Test Accuracy: {test_accuracy:.2%} (epoch {best_epoch}, {best_path.name})")
+    if args.plot:
+        print(f"See {plots.curves(state.history, best_epoch, args.plot / f'curves_{name}{suffix}.png')}")
+    print(f"Time: {time.perf_counter() - started:.0f} s{' since resuming' if resumed else ''}")
+    return state.history[best_epoch - 1]["validation_accuracy"], test_accuracy, logits, labels
 
 
-def train_many(name, args):
-    """Trains the `args.runs` or `args.folds` of a model; prints how they vary and what they score together.
+def train_runs(name, args):
+    """Trains the `args.runs` or `args.folds` runs of a model and prints a summary, with their ensemble.
 
-    Under torchrun each worker trains its share, and the first one prints.
+    With torchrun, the runs are distributed over the workers; only rank 0 prints.
     """
     if args.folds:
         runs = {f"fold {fold}": (args.seed, fold) for fold in range(1, args.folds + 1)}
     else:
         runs = {f"seed {seed}": (seed,) for seed in range(args.seed, args.seed + args.runs)}
-    mine = list(runs)[process.RANK :: process.WORLD_SIZE]
-    shares = process.gather({run: train(name, args, *runs[run]) for run in mine})
-    results = {run: shares[index % process.WORLD_SIZE][run] for index, run in enumerate(runs)}
-    print_runs(name, results)
+    own = list(runs)[workers.RANK :: workers.WORLD_SIZE]
+    results = {}
+    for share in workers.gather({run: train(name, args, *runs[run]) for run in own}):
+        results |= share
+    print_runs(name, {run: results[run] for run in runs})
 
 
 def parse_args(arguments=None):
-    """Parses these arguments, or the command line's; prints usage and exits with status 2 on a mistake."""
-    rates = ", ".join(f"{name} {recipe.lr['adam']:g}" for name, recipe in RECIPES.items())
-    epochs = ", ".join(f"{name} {recipe.epochs}" for name, recipe in RECIPES.items())
-
-    parser = argparse.ArgumentParser(description="Train a tiny MNIST classifier and report how good it is.")
-    add = parser.add_argument
-    add("--model", choices=[*RECIPES, "all"], default="Model_3", help="default: %(default)s")
-    add("--epochs", type=int, metavar="N", help=f"default: {epochs}")
-    add("--batch-size", type=int, default=128, metavar="N", help="default: %(default)s")
-    add("--optimizer", choices=OPTIMIZERS, default="adam", help="default: %(default)s")
-    add("--lr", type=float, metavar="RATE", help=f"at the start; adam's default: {rates}")
-    add("--augment", action=argparse.BooleanOptionalAction, default=True, help="deform training images")
-    add("--seed", type=int, default=0, metavar="N", help="of split, weights, order; default: %(default)s")
-    add("--device", type=flags.device, default=flags.default_device(), help="default: %(default)s")
-    add("--early-stopping", type=int, metavar="N", help="stop N epochs after the best; default: off")
-    many = parser.add_mutually_exclusive_group()
-    many.add_argument("--runs", type=int, metavar="N", help="train with N seeds, from --seed")
-    many.add_argument("--folds", type=int, metavar="K", help="cross-validate with K folds")
-    add("--resume", action="store_true", help="go on where last_<model>.pth in the output folder ends")
-    add("--plot", type=Path, metavar="DIR", help="for a picture of loss and accuracy; needs matplotlib")
-    add("--data-dir", type=Path, default=DATA_DIR, metavar="DIR", help="has MNIST/raw; default: %(default)s")
-    add("--output-dir", type=Path, default=Path(), metavar="DIR", help="for the models; default: this one")
+    """Parses the command line (or `arguments`, if given)."""
+    parser = argparse.ArgumentParser(
+        description="Train a tiny MNIST classifier and report its test accuracy."
+    )
+    add, count = parser.add_argument, flags.integer(1, 10**6)
+    add("--model", choices=[*RECIPES, "all"], default="Model_3", help="model to train (default: %(default)s)")
+    add("--epochs", type=count, metavar="N", help="number of epochs (default: 2, 12, 15, by model)")
+    add("--batch-size", type=count, default=128, metavar="N", help="batch size (default: %(default)s)")
+    add("--optimizer", choices=OPTIMIZERS, default="adam", help="optimizer (default: %(default)s)")
+    add("--lr", type=flags.positive_number, metavar="LR", help="learning rate (default: 0.01, 0.005, 0.01)")
+    add("--augment", action=argparse.BooleanOptionalAction, default=True, help="augment training images")
+    add("--seed", type=flags.integer(0, 2**62), default=0, metavar="N", help="random seed (default: 0)")
+    add("--device", type=device.device, help="device to train on (default: cuda if available, else cpu)")
+    add("--early-stopping", type=count, metavar="N", help="stop after N epochs without improvement")
+    several = parser.add_mutually_exclusive_group()
+    several.add_argument("--runs", type=flags.integer(2, 1_000), metavar="N", help="train with N seeds")
+    several.add_argument("--folds", type=flags.integer(2, 1_000), metavar="K", help="K-fold cross-validation")
+    add("--resume", action="store_true", help="resume from last_<model>.pth in the output directory")
+    add("--plot", type=flags.path, metavar="DIR", help="directory for loss curves (requires matplotlib)")
+    add("--data-dir", type=flags.path, default=DATA_DIR, metavar="DIR", help="directory with MNIST/raw")
+    add("--output-dir", type=flags.path, default=".", metavar="DIR", help="directory for checkpoints")
     args = parser.parse_args(arguments)
-    ranges = {"epochs": (1, 10**6), "batch_size": (1, 10**9), "lr": (1e-12, 1e38), "seed": (0, 2**62)}
-    ranges |= {"early_stopping": (1, 10**6), "runs": (2, 1_000), "folds": (2, 1_000)}
-    flags.check_ranges(parser, args, ranges)
-    if process.WORLD_SIZE > 1 and not (args.runs or args.folds):  # a batch is too little work to share
-        parser.error("several workers need --runs or --folds: they do not share one run")
+    if workers.WORLD_SIZE > 1 and not (args.runs or args.folds):  # a batch is too little work to share
+        parser.error("torchrun with several workers requires --runs or --folds")
     return args
 
 
 def main():
-    args = parse_args()
+    args, advice = parse_args(), "try a smaller --batch-size or another --device"
     errors = DataError, checkpoint.CheckpointError, plots.PlotError, FloatingPointError
-    with process.stopped_by_signals(), process.sentences_for(*errors), process.printed_lines():
-        process.check_writable(args.output_dir)
+    with process.exit_on_signals(), process.exit_on_error(*errors, memory_advice=advice):
+        process.line_buffer_stdout()
+        process.make_writable(args.output_dir)
         if args.plot:
             plots.check_matplotlib()
-            process.check_writable(args.plot)
-        args.device = process.own_device(args.device)
-        with process.joined_workers(), process.locked(args.output_dir):
-            process.gather()  # nobody begins before the folder is locked
+            process.make_writable(args.plot)
+        args.device = device.select_device(args.device)
+        lock = contextlib.nullcontext() if workers.LOCAL_RANK else process.locked(args.output_dir)
+        with workers.process_group(), lock:
+            workers.gather()  # barrier: wait for rank 0 to lock the directory
             for name in RECIPES if args.model == "all" else [args.model]:
                 if args.runs or args.folds:
-                    train_many(name, args)
+                    train_runs(name, args)
                 else:
                     train(name, args, args.seed)
 

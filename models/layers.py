@@ -4,10 +4,10 @@ from torch.nn import functional as F
 
 
 class Classifier(nn.Sequential):
-    """Layers in a row that take images of 28 x 28 pixels, (N, 1, 28, 28): others raise AssertionError."""
+    """An `nn.Sequential` that checks its input: AssertionError unless its shape is (N, 1, 28, 28)."""
 
     def forward(self, images):
-        torch._assert(  # and not `if`: it can be exported, compiled and traced
+        torch._assert(  # unlike `if`, works with torch.export, torch.compile and torch.fx
             images.shape[1:] == (1, 28, 28),
             f"{type(self).__name__} takes images of shape (N, 1, 28, 28), not {images.shape}",
         )
@@ -15,34 +15,35 @@ class Classifier(nn.Sequential):
 
 
 class Deskew(nn.Module):
-    """Brings each digit into a standard position: centred, without slant, of a more even size.
+    """Normalizes each digit: centers it, removes its slant and evens out its size.
 
-    Nothing here is learned; the position is read off the moments of the ink. The centre is its mean,
-    the slant its regression of x on y, and its standard deviations, along y and across the slant, are
-    moved halfway (on a logarithmic scale) to those of a digit that fills the image. After C.-L. Liu et al.,
-    "Handwritten digit recognition: investigation of normalization and feature extraction
-    techniques", Pattern Recognition 37(2), 2004.
+    The layer has no parameters; the transform is computed from image moments. The digit is shifted by its
+    centroid, sheared by the regression of x on y, and scaled in height and width by the geometric mean of its
+    own standard deviation and that of a digit that fills the image. After C.-L. Liu et al., "Handwritten
+    digit recognition: investigation of normalization and feature extraction techniques", Pattern
+    Recognition 37(2), 2004.
 
-    Takes images (N, 1, 28, 28) of any real dtype, scale, brightness and contrast: each image's smallest
-    value is taken for paper, its largest for ink, and one whose values differ by less than 0.001 for blank.
-    Returns (N, 1, 28, 28) in the module's own dtype, 0 for paper and `INK` for ink.
+    Takes images (N, 1, 28, 28) of any real dtype and value range: the minimum of each image is background
+    and its maximum ink; an image with a range below 0.001 is treated as blank.
+    Returns (N, 1, 28, 28) in the module's own dtype, 0 for background and `INK` for ink.
     """
 
-    INK = 3.25  # with it the pixels of an average image have a standard deviation of 1
-    WIDTH, HEIGHT = 0.36, 0.54  # standard deviations, half a side being 1: 1.4 times an average digit's
+    INK = 3.25  # scales the pixels of an average image to unit standard deviation
+    # Target standard deviations, in units of half the image side: 1.4 times those of an average digit.
+    WIDTH, HEIGHT = 0.36, 0.54
 
     def __init__(self):
         super().__init__()
-        axis = (torch.arange(28) + 0.5) / 14 - 1  # the centres of the pixels, from -1 to 1
+        axis = (torch.arange(28) + 0.5) / 14 - 1  # the centers of the pixels, from -1 to 1
         y, x = (plane.flatten() for plane in torch.meshgrid(axis, axis, indexing="ij"))
         self.register_buffer("monomials", torch.stack([x**0, x, y, x * x, x * y, y * y]), persistent=False)
-        # The same axis to the last bit as that of `affine_grid`, which takes ten times as long on a CPU.
+        # Bit-identical to the axis of `affine_grid`, which is ten times slower on the CPU.
         self.register_buffer("axis", torch.linspace(-1, 1, 28) * 27 / 28, persistent=False)
 
     def forward(self, images):
         images = images.to(self.axis.dtype)
-        paper, full = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
-        ink = (images - paper) * (self.INK / (full - paper).clamp(min=1e-3))
+        low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
+        ink = (images - low) * (self.INK / (high - low).clamp(min=1e-3))
         moments = F.linear(ink.flatten(1), self.monomials)
         x, y, xx, xy, yy = (moments[:, 1:] / moments[:, :1].clamp(min=1e-3)).unbind(1)
         xx, xy, yy = xx - x * x, xy - x * y, (yy - y * y).clamp(min=1e-3)
@@ -53,20 +54,19 @@ class Deskew(nn.Module):
         right, down = self.axis, self.axis[:, None]
         x = width * right + (slant * height * down + x)
         y = (height * down + y).expand_as(x)
-        # Two planes, not pairs of x and y, which take longer on a CPU.
+        # Stacked as two planes and permuted: faster on the CPU than interleaved (x, y) pairs.
         return F.grid_sample(ink, torch.stack([x, y]).permute(1, 2, 3, 0), align_corners=False)
 
 
 def orient(filters):
     """Returns filters in eight orientations: four rotations, and the four of their mirror images.
 
-    Where the slices of a filter are themselves orientations, they are permuted as the filter is turned, so
-    that a convolution with the result is equivariant: an input turned or mirrored gives the same output
-    turned or mirrored, its channels permuted. The group is p4m of T. Cohen, M. Welling, "Group equivariant
-    convolutional networks", ICML 2016.
+    If the input channels are orientations, they are permuted along with the rotation, which makes the
+    convolution equivariant: rotating or mirroring the input rotates or mirrors the output and permutes its
+    channels. The group is p4m of T. Cohen, M. Welling, "Group equivariant convolutional networks", ICML 2016.
 
-    Takes (F, C, mirrors, turns, K, K), the orientations of the C inputs being 2 x 4 or, for plain images,
-    1 x 1; returns (8 * F, C * mirrors * turns, K, K), the orientations of a filter side by side.
+    Takes (F, C, mirrors, turns, K, K), where (mirrors, turns) is (2, 4), or (1, 1) for plain images.
+    Returns (8 * F, C * mirrors * turns, K, K); the orientations of a filter are adjacent.
     """
     views = []
     for view in filters, filters.flip(-1, 2, 3).roll(1, 3):
@@ -77,16 +77,16 @@ def orient(filters):
 
 
 class P4MConv2d(nn.Module):
-    """A convolution, without bias, that uses each learned filter in eight orientations (see `orient`).
+    """A convolution without bias that applies each learned filter in eight orientations (see `orient`).
 
-    A stroke is a stroke whichever way it runs: one set of weights gives eight filters and eight channels.
+    Each learned filter yields eight output channels.
     Takes float32 (N, orientations * in_filters, H, W), returns float32 (N, 8 * filters, H', W').
 
     Args:
-        in_filters: number of the input's filters; 1 for plain images.
+        in_filters: number of input filters; 1 for plain images.
         filters: number of learned filters.
-        kernel_size, stride, padding: as those of `nn.Conv2d`.
-        orientations: those of the input's filters: 8, or 1 for plain images.
+        kernel_size, stride, padding: as in `nn.Conv2d`.
+        orientations: orientations of each input filter: 8, or 1 for plain images.
     """
 
     def __init__(self, in_filters, filters, kernel_size, stride=1, padding=0, orientations=8):
@@ -95,7 +95,7 @@ class P4MConv2d(nn.Module):
         self.weight = nn.Parameter(torch.empty(filters, in_filters, mirrors, turns, kernel_size, kernel_size))
         nn.init.normal_(self.weight, std=self.weight[0].numel() ** -0.5)
         self.stride, self.padding = stride, padding
-        # Which weight stands where, its channel last: from there on all is channels_last, faster on a CPU.
+        # Index of the weight at each kernel position, in channels_last order, which is faster on the CPU.
         index = orient(torch.arange(self.weight.numel()).view_as(self.weight)).permute(0, 2, 3, 1)
         self.shape = index.shape
         self.register_buffer("index", index.flatten(), persistent=False)
@@ -109,30 +109,31 @@ class P4MConv2d(nn.Module):
 
 
 class P4MReadout(nn.Module):
-    """Reads each feature at learned places, each channel in its own orientation (see `orient`).
+    """A depthwise convolution over the whole image, with each kernel rotated to its channel (see `orient`).
 
-    It is a convolution without bias, of as many groups as there are channels, whose kernel is as large as
-    the image; as a product for each feature, with a matrix that is mostly zeros, it takes a tenth of the
-    time with AVX2.
+    It has no bias. It is computed as one batched matrix product with mostly-zero matrices, which is ten times
+    faster with AVX2 than a convolution.
 
-    Takes float32 (N, 8 * features, size, size), returns float32 (N, 8 * features * places, 1, 1).
+    Takes float32 (N, 8 * features, size, size), returns float32 (N, 8 * features * outputs, 1, 1).
 
     Args:
-        features: number of the input's filters.
-        places: numbers that are read from each channel.
+        features: number of input filters.
+        outputs: outputs per channel.
         size: of the image, in pixels.
     """
 
-    def __init__(self, features, places, size):
+    def __init__(self, features, outputs, size):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(places * features, 1, 1, 1, size, size))
+        self.weight = nn.Parameter(torch.empty(outputs * features, 1, 1, 1, size, size))
         nn.init.normal_(self.weight, std=1 / size)
-        self.shape = features, 8 * places, size * size, 1
+        self.shape = features, 8 * outputs, size * size, 1
         index = orient(torch.arange(self.weight.numel()).view_as(self.weight)).flatten(1)
-        index = index.unflatten(0, (places, -1)).transpose(0, 1).flatten()  # a channel's side by side
+        index = (
+            index.unflatten(0, (outputs, -1)).transpose(0, 1).flatten()
+        )  # outputs of a channel are adjacent
         self.register_buffer("index", index, persistent=False)
-        own_channel = torch.eye(8).repeat_interleave(places, 0)[:, None]
-        self.register_buffer("own_channel", own_channel, persistent=False)  # (8 * places, 1, 8)
+        own_channel = torch.eye(8).repeat_interleave(outputs, 0)[:, None]
+        self.register_buffer("own_channel", own_channel, persistent=False)  # (8 * outputs, 1, 8)
 
     def forward(self, images):
         kernels = self.weight.flatten().index_select(0, self.index).view(self.shape)

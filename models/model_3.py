@@ -4,22 +4,22 @@ from .layers import Classifier, Deskew, P4MConv2d, P4MReadout
 
 
 class Model_3(Classifier):
-    """Advanced digit classifier, 4,506 parameters: deskewing first, then filters that share weights.
+    """Advanced digit classifier, 4,506 parameters: deskewing, then p4m-equivariant convolutions.
 
-    Takes images (N, 1, 28, 28), with ink the largest value, of any real dtype and scale (see `Deskew`);
-    returns logits, float32 (N, 10).
-    Batch normalisation: S. Ioffe, C. Szegedy, "Batch normalization", ICML 2015. Layer normalisation:
+    Takes images (N, 1, 28, 28), light ink on a dark background, of any real dtype and value range (see
+    `Deskew`); returns logits, float32 (N, 10).
+    Batch normalization: S. Ioffe, C. Szegedy, "Batch normalization", ICML 2015. Layer normalization:
     J. L. Ba et al., arXiv:1607.06450. Hardswish: A. Howard et al., "Searching for MobileNetV3", ICCV 2019.
     """
 
     def __init__(self):
-        super().__init__(  # input: 1 x 28 x 28; then each output, and the parameters where there are any
+        super().__init__(  # input: 1 x 28 x 28; comments: output and number of parameters
             Deskew(),  # 1 x 28 x 28
             P4MConv2d(1, 2, 5, stride=2, padding=2, orientations=1),  # 16 x 14 x 14; 50
             nn.BatchNorm2d(16),  # 32
             nn.Hardswish(),
             P4MConv2d(2, 2, 3, padding=1),  # 16 x 14 x 14; 288
-            nn.MaxPool2d(2),  # 16 x 7 x 7; at once, to leave what follows a quarter of the work
+            nn.MaxPool2d(2),  # 16 x 7 x 7; early: everything after it costs a quarter
             nn.BatchNorm2d(16),  # 32
             nn.Hardswish(),
             P4MConv2d(2, 4, 3, padding=1),  # 32 x 7 x 7; 576
@@ -31,10 +31,10 @@ class Model_3(Classifier):
             P4MConv2d(4, 4, 3, padding=1),  # 32 x 7 x 7; 1,152
             nn.BatchNorm2d(32),  # 64
             nn.Hardswish(),
-            P4MReadout(4, 2, 7),  # 64 x 1 x 1; 392: two places for each channel
+            P4MReadout(4, 2, 7),  # 64 x 1 x 1; 392
             nn.Flatten(),  # 64
             nn.LayerNorm(64, elementwise_affine=False),
             nn.Hardswish(),
-            nn.Dropout(0.1),  # here, where a feature is a single number: no digit may hang on one of them
+            nn.Dropout(0.1),  # keeps any digit from depending on a single feature
             nn.Linear(64, 10, bias=False),  # 640
         )

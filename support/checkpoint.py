@@ -1,78 +1,67 @@
-"""Files of weights and of training states: written atomically, read without running code."""
+"""Saving and loading of model weights and training state."""
 
+import contextlib
 import copy
+import errno
 import hashlib
 import io
 import itertools
 import os
+import time
 import zipfile
 
 import torch
 
-import models
+from models import MODELS
 
-FORMAT_VERSION = 5  # of a training state; to be raised when what it holds, or how it goes on, changes
-NOT_DAMAGE = OSError, MemoryError, torch.OutOfMemoryError  # what reading a good file can raise
+VERSION = 6  # of the training state; increment it when the contents or their meaning change
+NO_FSYNC = errno.EINVAL, errno.ENOSYS, errno.ENOTSUP  # raised by some network file systems
 
 
 class CheckpointError(ValueError):
-    """A file cannot be written, or is not the checkpoint that it should be."""
+    """A file cannot be written, or is not a valid checkpoint."""
+
+
+def back_up(path):
+    """Renames an existing file to the next free `<stem>.<n><suffix>`, and prints the new name."""
+    if path.exists():
+        names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
+        free = next(name for name in names if not name.exists())
+        path.rename(free)
+        print(f"Renamed existing {path.name} to {free.name}")
 
 
 def serialize(state):
-    """Returns the bytes of the file that `torch.save` makes of this."""
+    """Returns the bytes of the file in which `torch.save` would save a state."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
 
 
-def digest(content):
-    """Returns an int by which these bytes are known again: the first 64 bits of their SHA-256 sum."""
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
-
-
-def temporary_path(path):
-    """Where `write` writes before it moves the file to `path`; left over only by a run that was killed."""
-    return path.with_name(f".{path.name}.tmp")
-
-
-def set_aside(path):
-    """Renames a file that this run did not write, if there is one, to the next free name, and says so."""
-    if path.exists():
-        names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
-        free = next(name for name in names if not name.exists())
-        path.rename(free)
-        print(f"{path.name} is not of this run: it is now {free.name}")
-
-
-def make_way(*paths):
-    """Removes what a killed run has left half-written; CheckpointError where there is a folder at a path."""
-    for path in paths:
-        if path.is_dir():
-            raise CheckpointError(f"{path} is a folder: move it away, this run saves a file there")
-        temporary_path(path).unlink(missing_ok=True)
-
-
-def write(content, path, own=None):
-    """Writes bytes to a file atomically: whatever stops it, `path` is the old file or the new one.
-
-    With `own`, digests, another old file than these is set aside and not replaced.
+def write(content, path):
+    """Writes bytes to a file atomically: if it is interrupted, `path` is either the old file or the new one.
 
     Raises:
         CheckpointError: the file cannot be written.
     """
-    temporary = temporary_path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        old = digest(path.read_bytes()) if path.exists() else None
-        if old == digest(content):
-            return
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
-        if own is not None and old not in own:
-            set_aside(path)
-        temporary.replace(path)
+            try:
+                os.fsync(file.fileno())
+            except OSError as error:
+                if error.errno not in NO_FSYNC:
+                    raise
+        for attempt in range(11):  # for a second: on Windows, a virus scanner may hold the old file open
+            try:
+                temporary.replace(path)
+                break
+            except PermissionError:
+                if attempt == 10:
+                    raise
+                time.sleep(0.1)
     except OSError as error:
         raise CheckpointError(f"{path} could not be written ({error.strerror})") from error
     finally:
@@ -80,206 +69,184 @@ def write(content, path, own=None):
 
 
 def read(path):
-    """Returns what `torch.save` wrote, its tensors on the CPU; runs no code that a file might carry.
+    """Returns an object saved by `torch.save`, with its tensors on the CPU, without running code in the file.
 
     Raises:
-        CheckpointError: there is no such file, it is damaged, or it holds more than tensors, numbers, texts
-            and containers of these.
+        CheckpointError: the file does not exist, is corrupt, or contains other objects than tensors, numbers,
+            strings and containers of these.
         OSError: the file cannot be read.
     """
     if not path.is_file():
-        raise CheckpointError(f"{path} is no file" if path.exists() else f"there is no file {path}")
+        raise CheckpointError(f"{path}: {'not a regular file' if path.exists() else 'no such file'}")
     try:
         with zipfile.ZipFile(path) as archive:
-            # PyTorch itself neither compresses nor compares checksums.
+            # PyTorch writes uncompressed archives and does not verify their checksums.
             if any(record.compress_type for record in archive.infolist()) or archive.testzip():
-                raise ValueError("damaged")
+                raise ValueError("corrupt")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except NOT_DAMAGE:
+    except (OSError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # there is no end to what a damaged file can raise
-        raise CheckpointError(
-            f"{path} is damaged, or is no checkpoint of tensors and numbers alone"
-        ) from error
-
-
-def form(value):
-    """Returns what training leaves as it is in a state: types, keys, lengths, shapes, dtypes and texts."""
-    if isinstance(value, torch.Tensor):
-        # A random state, the only uint8, has a size of its own on each kind of device; loading checks it.
-        shape = None if value.dtype == torch.uint8 else value.shape
-        return torch.Tensor, value.dtype, value.layout, shape
-    if isinstance(value, dict):
-        return {key: form(element) for key, element in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value), [form(element) for element in value]
-    return value if isinstance(value, str | bool) else type(value)
-
-
-def find_not_finite(state, name=""):
-    """Returns the name of the first tensor in nested dicts that has values that are not finite, or None."""
-    if isinstance(state, dict):
-        found = (find_not_finite(value, str(key)) for key, value in state.items())
-        return next(filter(None, found), None)
-    if isinstance(state, torch.Tensor) and (state.is_meta or not state.cpu().isfinite().all()):
-        return name
-    return None
-
-
-def check(state, expected, path):
-    """Raises CheckpointError unless `state` has the form of `expected` and finite values alone."""
-    if form(state) != form(expected):
-        raise CheckpointError(f"{path} is not built like what this version of the project saves there")
-    if name := find_not_finite(state):
-        raise CheckpointError(f"{path}: {name!r} has values that are not finite")
-
-
-def model_classes():
-    """Returns the classes in `models` by their names."""
-    return {name: kind for name, kind in vars(models).items() if isinstance(kind, type)}
+    except Exception as error:  # a corrupt file can raise almost anything
+        raise CheckpointError(f"{path} is corrupt or not a checkpoint") from error
 
 
 def load(path, model_name=None):
-    """Returns the model, in evaluation mode, whose weights are in the file.
+    """Returns the model, in evaluation mode, whose weights are in a file.
 
     Args:
         path: of a `state_dict`.
-        model_name: the model's class in `models`; by default the one whose names and shapes fit.
+        model_name: a name in `MODELS`; by default the one whose parameters have these names and shapes.
 
     Raises:
-        CheckpointError: the file is damaged, or the weights fit no model or, without a name, several.
+        CheckpointError: the file is corrupt, or the weights fit no model or, without a name, several.
         OSError: the file cannot be read.
     """
     state = read(path)
-    if isinstance(state, dict) and {"version", "layout"} & state.keys():  # "layout": up to format 2
-        raise CheckpointError(
-            f"{path} is the state of a training run: its best model is in the file best_..."
-        )
-    classes = model_classes()
-    asked = [model_name] if model_name else list(classes)
-    fitting = [model for name in asked if form((model := classes[name]()).state_dict()) == form(state)]
+    if isinstance(state, dict) and "version" in state:
+        raise CheckpointError(f"{path} is a training state; the weights are in the file best_...")
+    names, fitting = [model_name] if model_name else list(MODELS), []
+    for name in names:
+        with contextlib.suppress(AttributeError, RuntimeError, TypeError):  # raised if the weights do not fit
+            model = MODELS[name]()
+            model.load_state_dict(state)
+            fitting.append(model)
     if not fitting:
-        raise CheckpointError(f"{path} does not have the weights of {' or '.join(asked)}")
+        raise CheckpointError(f"{path} does not contain the weights of {' or '.join(names)}")
     if len(fitting) > 1:
-        names = " and of ".join(type(model).__name__ for model in fitting)
-        raise CheckpointError(f"{path} could be of {names}: say which with --model")
-    (model,) = fitting
-    check(state, model.state_dict(), path)
-    model.load_state_dict(state)
-    return model.eval()
+        found = " and ".join(type(model).__name__ for model in fitting)
+        raise CheckpointError(f"{path} fits {found}: choose one with --model")
+    if name := find_not_finite(fitting[0].state_dict()):
+        raise CheckpointError(f"{path}: {name} has values that are not finite")
+    return fitting[0].eval()
+
+
+def find_not_finite(state):
+    """Returns the name of the first tensor of a `state_dict` with values that are not finite, or None."""
+    return next((name for name, value in state.items() if not value.isfinite().all()), None)
+
+
+def digest(value):
+    """Returns the SHA-256, in hexadecimal, of nested containers of tensors, numbers and strings."""
+    if isinstance(value, torch.Tensor):
+        value = value.dtype, value.shape, value.cpu().numpy().tobytes()
+    elif isinstance(value, dict):
+        value = [(key, digest(element)) for key, element in value.items()]
+    elif isinstance(value, list | tuple):
+        value = [digest(element) for element in value]
+    return hashlib.sha256(repr(value).encode()).hexdigest()
 
 
 class TrainingState:
-    """All that the next epoch of a run depends on, with PyTorch's `state_dict` and `load_state_dict`.
+    """The complete state of a training run.
 
     Args:
-        model, optimizer, scheduler: PyTorch's, no step taken yet.
+        model, optimizer, scheduler: PyTorch's, before the first step.
         generator: that of the training loader.
-        settings: the flags that must be the same when the run is resumed, a dict of their values.
+        settings: dict of the flags that must be the same when the run is resumed.
 
     Attributes:
-        average: a copy of the model, for the average of its weights.
-        history: an epoch's figures, a dict an epoch.
-        best: the average's weights after the best epoch, a `state_dict` on the CPU.
-        saved: a sentence that says which epoch is saved where; empty before the first.
+        average: a copy of the model that holds the average of its weights.
+        history: list of metrics, one dict per epoch.
+        best: `state_dict` of the average after the best epoch, on the CPU.
+        best_digest: of the file of best weights that this run wrote last.
     """
 
     PARTS = "model", "average", "optimizer", "scheduler"
-    COLUMNS = "lr", "training_loss", "training_accuracy", "validation_loss", "validation_accuracy"
+    METRICS = "lr", "training_loss", "training_accuracy", "validation_loss", "validation_accuracy"
 
     def __init__(self, model, optimizer, scheduler, generator, settings):
         self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
         self.average = copy.deepcopy(model)
         self.generator, self.settings = generator, settings
-        self.history, self.best, self.saved = [], {}, ""
-        self.best_digests = [0, 0]  # of the last two files of best weights that this run has written
-        self.device_random = getattr(torch, next(model.parameters()).device.type, None)  # torch.cuda, ...
+        self.history, self.best, self.best_digest = [], {}, ""
+        self.device_module = getattr(torch, next(model.parameters()).device.type, None)  # torch.cuda, ...
 
     def best_epoch(self):
-        """Returns the epoch, from 1, with the highest validation accuracy: the last of equals."""
+        """Returns the epoch (from 1) with the highest validation accuracy; the latest one on ties."""
         accuracies = [epoch["validation_accuracy"] for epoch in self.history]
         return len(accuracies) - accuracies[::-1].index(max(accuracies))
 
     def is_finished(self, epochs, patience=None):
-        """Whether so many epochs are done, or as many as the patience in a row were no better."""
+        """Returns True after `epochs` epochs, or after `patience` epochs without improvement."""
         accuracies = [epoch["validation_accuracy"] for epoch in self.history]
         stale = len(accuracies) - 1 - accuracies.index(max(accuracies)) if accuracies else 0
         return len(self.history) >= epochs or (patience is not None and stale >= patience)
 
-    def add_epoch(self, *figures):
-        """Notes an epoch's figures, those of `COLUMNS`; where it is the best, its average is the best."""
-        self.history.append(dict(zip(self.COLUMNS, figures, strict=True)))
+    def add_epoch(self, *metrics):
+        """Appends the metrics of an epoch (see `METRICS`); keeps a copy of the average if it is the best."""
+        self.history.append(dict(zip(self.METRICS, metrics, strict=True)))
         if self.best_epoch() == len(self.history):
-            self.best = {key: value.cpu().clone() for key, value in self.average.state_dict().items()}
+            self.best = {name: value.cpu().clone() for name, value in self.average.state_dict().items()}
 
     def state_dict(self):
         random = {"cpu": torch.get_rng_state(), "loader": self.generator.get_state()}
-        random["device"] = torch.zeros(0, dtype=torch.uint8)
-        if hasattr(self.device_random, "get_rng_state"):
-            random["device"] = self.device_random.get_rng_state()
-        state = {"version": FORMAT_VERSION, "settings": self.settings, "history": self.history}
-        state |= {"best": self.best, "best_digests": self.best_digests, "random": random}
+        if hasattr(self.device_module, "get_rng_state"):
+            random["device"] = self.device_module.get_rng_state()
+        state = {"settings": self.settings, "history": self.history, "random": random}
+        state |= {"best": self.best, "best_digest": self.best_digest}
         return state | {part: getattr(self, part).state_dict() for part in self.PARTS}
 
     def load_state_dict(self, state):
         for part in self.PARTS:
             getattr(self, part).load_state_dict(state[part])
-        self.history, self.best, self.best_digests = state["history"], state["best"], state["best_digests"]
+        self.history, self.best, self.best_digest = state["history"], state["best"], state["best_digest"]
         torch.set_rng_state(state["random"]["cpu"])
         self.generator.set_state(state["random"]["loader"])
-        if hasattr(self.device_random, "set_rng_state") and len(state["random"]["device"]):
-            self.device_random.set_rng_state(state["random"]["device"])
+        if "device" in state["random"] and hasattr(self.device_module, "set_rng_state"):
+            self.device_module.set_rng_state(state["random"]["device"])
 
-    def example(self, epochs):
-        """Returns a `state_dict` of the form that it has after so many epochs.
-
-        Takes an optimiser's step, of no length, after which the optimiser has all its state.
-        """
-        for parameter in self.model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.step()
-        history = [dict.fromkeys(self.COLUMNS, 0.0)] * epochs
-        return self.state_dict() | {"history": history, "best": self.model.state_dict()}
+    def start(self, last_path, best_path):
+        """Renames existing files, so that this run overwrites only its own."""
+        back_up(last_path)
+        back_up(best_path)
 
     def save(self, last_path, best_path):
-        """Writes the state, then the best weights; no file that this run did not write is lost.
+        """Writes the state, then the best weights if they have changed.
 
-        A run that is killed in between leaves an older best file, which `resume` puts right.
+        If the run is killed in between, the best file is out of date; `resume` replaces it.
         """
-        weights = serialize(self.best)
-        if digest(weights) != self.best_digests[1]:
-            self.best_digests = [self.best_digests[1], digest(weights)]
-        write(serialize(self.state_dict()), last_path)
-        write(weights, best_path, own=self.best_digests)
-        self.saved = f"epoch {len(self.history)} is saved in {last_path}"
+        best, state = serialize(self.best), self.state_dict()
+        file = {
+            "version": VERSION,
+            "pytorch": str(torch.__version__),
+            "digest": digest(state),
+            "state": state,
+        }
+        write(serialize(file), last_path)
+        if digest(best) != self.best_digest:
+            write(best, best_path)
+        self.best_digest = digest(best)
 
     def resume(self, last_path, best_path):
-        """Goes on from the state that is saved at `last_path`.
+        """Loads the state saved at `last_path`, and makes `best_path` the file of its best weights.
+
+        A file at `best_path` that this run did not write is renamed.
 
         Raises:
-            CheckpointError: the file is damaged, or is of another version or of a run with other flags.
+            CheckpointError: the file is corrupt, or was saved by another version or with other settings.
             OSError: the file cannot be read.
         """
-        saved = read(last_path)
-        version = saved.get("version") if isinstance(saved, dict) else None
-        if type(version) is not int or version != FORMAT_VERSION:  # it might be a tensor
-            raise CheckpointError(
-                f"{last_path} is no training state of this version, format {FORMAT_VERSION}"
-            )
-        settings = saved.get("settings")
-        for flag, value in self.settings.items():
-            found = settings.get(flag) if isinstance(settings, dict) else None
-            if type(found) is type(value) and found != value:
-                shown = f"--{flag.replace('_', '-')} {repr(found).strip(chr(39))}"  # always on one line
-                raise CheckpointError(
-                    f"{last_path} is of a run with {shown}, not {value}: "
-                    "resume it with its own flags, or choose another --output-dir"
-                )
-        history = saved.get("history")
-        check(saved, self.example(max(1, len(history)) if isinstance(history, list) else 1), last_path)
+        file = read(last_path)
+        if not isinstance(file, dict) or repr(file.get("version")) != repr(VERSION):  # it may be a tensor
+            raise CheckpointError(f"{last_path} is not a training state of this version (format {VERSION})")
         try:
-            self.load_state_dict(saved)
-        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise CheckpointError(f"{last_path} has a value that no run leaves ({reason})") from error
-        self.save(last_path, best_path)
+            state = file["state"]
+            if file["digest"] != digest(state):
+                raise CheckpointError(f"{last_path} is corrupt: its digest does not match its contents")
+            for flag, value in self.settings.items():
+                if (found := state["settings"].get(flag)) != value:
+                    other = f"saved with --{flag.replace('_', '-')} {found}, not {value}"
+                    raise CheckpointError(f"{last_path} was {other}: use its flags, or another --output-dir")
+            self.load_state_dict(state)
+        except CheckpointError:
+            raise
+        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = f"saved with PyTorch {file.get('pytorch')}, loaded with {torch.__version__}"
+            raise CheckpointError(f"{last_path} cannot be loaded ({reason}): {str(error)[:80]!r}") from error
+        best = serialize(self.best)
+        old = best_path.read_bytes() if best_path.exists() else b""
+        if old != best:
+            if digest(old) != self.best_digest:
+                back_up(best_path)
+            write(best, best_path)
+        self.best_digest = digest(best)

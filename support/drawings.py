@@ -1,165 +1,179 @@
-"""A picture of one digit, drawn, photographed or exported, in the form of MNIST's images."""
+"""Conversion of images of handwritten digits to MNIST's format."""
 
-import io
+import math
 import warnings
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps, ImageStat
+from PIL import Image, ImageOps, ImageStat, PngImagePlugin  # Pillow comes with torchvision
 from torch.nn.functional import interpolate, max_pool2d
 from torchvision.transforms.functional import pil_to_tensor
 
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # long comments are allowed
+SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+TRANSPOSE = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # from EXIF orientation to `Image.Transpose`
+MAX_AREA = 1024 * 1024  # pixels of an image in memory
+
 
 class DrawingError(ValueError):
-    """A file is no picture that can be read, or there is no digit in it."""
+    """A file is not an image that can be read, or contains no digit."""
 
 
-class SentDrawing(io.BytesIO):
-    """The bytes of a picture that is in no file."""
+def read_drawing(source):
+    """Reads an image of one digit and converts it to MNIST's format.
 
-    def __str__(self):
-        return "the drawing"
-
-
-def read_drawing(path):
-    """Reads a picture of one digit and brings it into the form of MNIST's images.
-
-    The paper may be lighter or darker than the ink, unevenly lit, coloured or transparent. As
-    MNIST's own, the digit fills a box of 20 x 20 pixels, antialiased, and its centre of mass is the
-    centre of the image (Y. LeCun et al., "Gradient-based learning applied to document recognition",
-    Proc. IEEE 86(11), 1998).
+    The background may be lighter or darker than the ink, unevenly lit, colored or transparent. As in
+    MNIST, the digit is scaled to fit a box of 20 x 20 pixels, antialiased, and its center of mass is
+    moved to the center of the image (Y. LeCun et al., "Gradient-based learning applied to document
+    recognition", Proc. IEEE 86(11), 1998).
 
     Args:
-        path: of the file, or a `SentDrawing`.
+        source: path of an image file, a binary file object or a `PIL.Image`.
 
     Returns:
         uint8 (28, 28), 0 for the background to 255 for ink.
 
     Raises:
-        DrawingError: there is no such file, it is no picture, is too large, or there is nothing in it.
+        DrawingError: the file does not exist, is not an image, is too large, or contains no ink.
         OSError: the file cannot be read.
     """
-    picture = open_picture(path)
+    name = source if isinstance(source, str | Path) else "the drawing"
+    picture = to_grayscale(open_image(source, name))
     ink = find_ink(picture)
     if ink is None:
-        raise DrawingError(f"{path} is empty: there is nothing on its background")
-    # A second, closer look at the part where the digit is.
+        raise DrawingError(f"{name} is empty: nothing stands out from the background")
+    # A second, closer look at the part that contains the digit.
     scale = max(picture.size) / max(ink.shape)
     top, left, bottom, right = (round(scale * edge) for edge in bounding_box(ink, margin=4))
     closer = find_ink(picture.crop((left, top, min(right, picture.width), min(bottom, picture.height))))
-    ink = ink if closer is None else closer
+    return center(ink if closer is None else closer)
+
+
+def center(ink):
+    """Scales ink, float32 (H, W), to a box of 20 x 20 pixels around the center of a uint8 image (28, 28)."""
     top, left, bottom, right = bounding_box(ink, margin=0)
     ink = ink[top:bottom, left:right]
-
     height, width = (max(1, round(20 * side / max(ink.shape))) for side in ink.shape)
     digit = interpolate(ink[None, None], (height, width), mode="bilinear", antialias=True)[0, 0]
     digit = (digit / digit.max()).clamp(0, 1)
     image = torch.zeros(28, 28)
     offsets = []
     for side, sums in (height, digit.sum(1)), (width, digit.sum(0)):
-        centre = float((sums * (torch.arange(side) + 0.5)).sum() / sums.sum())
-        offsets.append(min(max(round(14 - centre), 0), 28 - side))
+        centroid = float((sums * (torch.arange(side) + 0.5)).sum() / sums.sum())
+        offsets.append(min(max(round(14 - centroid), 0), 28 - side))
     y, x = offsets
     image[y : y + height, x : x + width] = digit
     return (image * 255).round().byte()
 
 
-def read_drawings(paths):
-    """Yields the path of each picture, and what `read_drawing` returns of it, or the error it raised.
+def find_images(paths):
+    """Expands directories to the image files in them and in their subdirectories, by extension.
 
-    A folder stands for the pictures in it, as their names' endings tell; hidden ones are passed over.
+    Hidden files are excluded.
+
+    Returns:
+        A list of paths of images, and a list of paths of the other files in the directories.
+
+    Raises:
+        DrawingError: a directory contains no image.
+        OSError: a directory cannot be read.
     """
+    images, others = [], []
     for path in paths:
         files = [path]
         if path.is_dir():
-            endings = Image.registered_extensions()
-            try:
-                files = [file for file in sorted(path.iterdir()) if file.suffix.lower() in endings]
-            except OSError as error:
-                yield path, error
-                continue
-            files = [file for file in files if file.is_file() and not file.name.startswith(".")]
+            files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+            files = [file for file in files if "/." not in f"/{file.relative_to(path).as_posix()}"]
+            others += [file for file in files if file.suffix.lower() not in SUFFIXES]
+            files = [file for file in files if file.suffix.lower() in SUFFIXES]
             if not files:
-                yield path, DrawingError(f"there is no picture in the folder {path}")
-        for file in files:
-            try:
-                yield file, read_drawing(file)
-            except (OSError, DrawingError) as error:
-                yield file, error
+                raise DrawingError(f"{path} contains no images")
+        images += files
+    return images, others
 
 
-def open_picture(path):
-    """Returns a picture file as a grey `PIL.Image` of up to 1,024 pixels a side; raises as `read_drawing`."""
-    if not isinstance(path, SentDrawing) and not Path(path).is_file():
-        raise DrawingError(f"{path} is no file" if Path(path).exists() else f"there is no file {path}")
+def open_image(source, name):
+    """Returns an upright RGBA image of at most about 1,024 x 1,024 pixels; see `read_drawing`.
+
+    Args:
+        source: path of an image file, a binary file object or a `PIL.Image`.
+        name: of the source, for error messages.
+    """
+    if isinstance(source, str | Path) and not Path(source).is_file():
+        raise DrawingError(f"{name}: {'not a regular file' if Path(source).exists() else 'no such file'}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path)
-            image.draft(None, (1024, 1024))  # a JPEG is decoded no larger than that takes
-            image = ImageOps.exif_transpose(image)
-            if image.mode[0] in "IF":  # more than 8 bits a pixel
+            warnings.simplefilter("ignore")  # Pillow's, about metadata and size
+            image = source.copy() if isinstance(source, Image.Image) else Image.open(source)
+            image.draft(None, scaled_size(image, MAX_AREA))  # decodes a JPEG at a fraction of its size
+            if math.prod(image.size) > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError
+            image.load()
+            orientation = read_orientation(image)
+            if image.mode[0] in "IF":  # more than 8 bits per pixel
+                image = image.convert(image.mode[0]).convert("F")
                 low, high = image.getextrema()
                 scale = 255 / max(high - low, 1e-9)
-                image = image.convert("F").point(lambda value: value * scale - low * scale).convert("L")
+                image = image.point(lambda value: value * scale - low * scale).convert("L")
             image = image.convert("RGBA")
-            image.thumbnail((1024, 1024))
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-        raise DrawingError(f"{path} is too large: it has over {Image.MAX_IMAGE_PIXELS:,} pixels") from error
-    except OSError as error:
-        if error.errno:
-            raise
-        raise DrawingError(f"{path} is not a picture that can be read") from error
+            image.thumbnail(scaled_size(image, MAX_AREA))
+    except Image.DecompressionBombError as error:
+        raise DrawingError(f"{name} is too large: it has over {Image.MAX_IMAGE_PIXELS:,} pixels") from error
     except MemoryError:
         raise
-    except Exception as error:  # there is no end to what a damaged file can raise
-        raise DrawingError(f"{path} is not a picture that can be read") from error
+    except Exception as error:  # a corrupt file can raise almost anything
+        if isinstance(error, OSError) and error.errno:
+            raise
+        raise DrawingError(f"{name} is not an image that can be read") from error
+    return image.transpose(TRANSPOSE[orientation]) if orientation in TRANSPOSE else image
+
+
+def scaled_size(image, area):
+    """Returns the width and height of an image, scaled down to this area in pixels if it is larger."""
+    scale = min(1, math.sqrt(area / math.prod(image.size)))
+    return [max(1, math.ceil(scale * side)) for side in image.size]
+
+
+def read_orientation(image):
+    """Returns the EXIF orientation of an image, or 1 (upright) if it has none or it cannot be read."""
+    try:
+        return image.getexif().get(0x0112, 1)
+    except Exception:  # corrupt metadata can raise almost anything
+        return 1
+
+
+def to_grayscale(image):
+    """Returns the channel of an RGBA image with the highest contrast: a color or the luminance, mode "L"."""
     *channels, alpha = image.split()
-    colour = Image.merge("RGB", channels)
+    color = Image.merge("RGB", channels)
     if alpha.getextrema()[0] < 255:
-        # What is transparent is paper: of the opaque part's own colour where that is most of the picture.
-        opaque = ImageStat.Stat(colour.convert("L"), mask=alpha)
+        # Treat transparent pixels as background. If most of the image is opaque, they get its median color.
+        opaque = ImageStat.Stat(color.convert("L"), mask=alpha)
         if ImageStat.Stat(alpha).mean[0] > 127:
-            paper = opaque.median[0]
+            background = opaque.median[0]
         else:
-            paper = 255 if opaque.sum[0] < 128 * opaque.count[0] else 0
-        colour.paste((paper,) * 3, mask=ImageOps.invert(alpha))
-    return max((colour.convert("L"), *colour.split()), key=lambda channel: ImageStat.Stat(channel).stddev[0])
+            background = 255 if opaque.sum[0] < 128 * opaque.count[0] else 0
+        color.paste((background,) * 3, mask=ImageOps.invert(alpha))
+    return max((color.convert("L"), *color.split()), key=lambda channel: ImageStat.Stat(channel).stddev[0])
 
 
 def find_ink(picture, side=128):
-    """Tells ink from paper.
+    """Separates ink from background.
 
-    The paper is the quadratic surface that fits most pixels, the ink what differs from it to the side
-    that differs more. Stains much smaller than the digit are left out.
+    The background is modeled as a quadratic surface, fitted robustly; ink is whatever deviates from it in the
+    dominant direction. Spots much smaller than the digit are removed.
 
     Args:
-        picture: a grey `PIL.Image`.
-        side: pixels of the longer side of what is returned.
+        picture: a grayscale `PIL.Image`.
+        side: length of the longer side of the result, in pixels.
 
     Returns:
-        float32 (H, W), from 0 for paper to 1 for ink, or None where there is no ink.
+        float32 (H, W), from 0 for background to 1 for ink, or None if there is no ink.
     """
     scale = side / max(picture.size)
-    picture = picture.resize(
-        [max(1, round(scale * length)) for length in picture.size], Image.Resampling.BICUBIC
-    )
-    grey = pil_to_tensor(picture)[0].float()
-    height, width = grey.shape
-    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-    terms = torch.stack([x**0, x, y, x * x, x * y, y * y]).flatten(1)
-    edge = ((x.abs() > 0.9) | (y.abs() > 0.9)).flatten()
-    weight, surface = edge.float(), torch.full((6, 1), torch.inf)
-    for _ in range(20):
-        before = surface
-        weighted = weight * terms
-        # By the normal equations, much less work than a least squares of all pixels.
-        surface = torch.linalg.lstsq(weighted @ terms.T, weighted @ grey.view(-1, 1)).solution
-        difference = (surface.T @ terms).view_as(grey) - grey
-        if (surface - before).abs().max() < 0.01:  # of 255 shades
-            break
-        noise = 1.5 * difference.flatten()[weight > 0].abs().median().clamp(min=1)
-        weight = 1 / (1 + (difference.flatten() / (2 * noise)) ** 2) ** 2
+    size = [max(1, round(scale * length)) for length in picture.size]
+    gray = pil_to_tensor(picture.resize(size, Image.Resampling.BICUBIC))[0].float()
+    difference, noise = subtract_background(gray)
     if (difference**3).sum() < 0:
         difference = -difference
     difference = difference.clamp(min=0)
@@ -172,8 +186,28 @@ def find_ink(picture, side=128):
     return ink * large_components(ink > 0.3, ink)
 
 
+def subtract_background(gray):
+    """Returns a quadratic background minus the image, float32 (H, W), and the scale of the noise."""
+    height, width = gray.shape
+    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    terms = torch.stack([x**0, x, y, x * x, x * y, y * y]).flatten(1)
+    edge = ((x.abs() > 0.9) | (y.abs() > 0.9)).flatten()
+    weight, surface = edge.float(), torch.full((6, 1), torch.inf)
+    for _ in range(20):  # iteratively reweighted least squares, starting from the edge of the image
+        before = surface
+        weighted = weight * terms
+        # Solving the normal equations is much cheaper than least squares over all pixels.
+        surface = torch.linalg.lstsq(weighted @ terms.T, weighted @ gray.view(-1, 1)).solution
+        difference = (surface.T @ terms).view_as(gray) - gray
+        if (surface - before).abs().max() < 0.01:  # of 255 gray levels
+            break
+        noise = 1.5 * difference.flatten()[weight > 0].abs().median().clamp(min=1)
+        weight = 1 / (1 + (difference.flatten() / (2 * noise)) ** 2) ** 2
+    return difference, noise
+
+
 def otsu_threshold(values):
-    """The threshold between two classes of values: N. Otsu, IEEE Trans. SMC 9(1), 1979."""
+    """Returns the threshold between two classes of values: N. Otsu, IEEE Trans. SMC 9(1), 1979."""
     values = values.flatten().sort().values
     n = torch.arange(1, len(values))
     lower, total = values.cumsum(0)[:-1], values.sum()
@@ -182,20 +216,21 @@ def otsu_threshold(values):
 
 
 def large_components(mask, ink):
-    """Returns the parts of a bool mask (H, W) that have at least a tenth of the ink that the largest has."""
-    numbers = torch.arange(1.0, mask.numel() + 1).view_as(mask) * mask
+    """Keeps the connected components of a bool mask (H, W) with at least a tenth of the largest one's ink."""
+    labels = torch.arange(1.0, mask.numel() + 1).view_as(mask) * mask
     while True:
-        spread = max_pool2d(numbers[None, None], 3, 1, 1)[0, 0] * mask
-        if torch.equal(spread, numbers):
+        spread = max_pool2d(labels[None, None], 3, 1, 1)[0, 0] * mask
+        if torch.equal(spread, labels):
             break
-        numbers = spread.flatten()[(spread.long() - 1).clamp(min=0)] * mask  # its number is a pixel with one
-    sums = torch.zeros(mask.numel() + 1).index_add_(0, numbers.flatten().long(), (ink * mask).flatten())
+        # Each label is the index of a pixel, so follow it to that pixel's label (pointer jumping).
+        labels = spread.flatten()[(spread.long() - 1).clamp(min=0)] * mask
+    sums = torch.zeros(mask.numel() + 1).index_add_(0, labels.flatten().long(), (ink * mask).flatten())
     sums[0] = 0
-    return (sums >= sums.max() / 10)[numbers.long()] & mask
+    return (sums >= sums.max() / 10)[labels.long()] & mask
 
 
 def bounding_box(ink, margin):
-    """Returns the pixels at top, left, bottom and right of the ink, with a margin inside the picture."""
+    """Returns the top, left, bottom and right of the ink in pixels, with a margin inside the image."""
     edges = []
     for dimension, length in enumerate(ink.shape):
         found = (ink > 0.3).any(1 - dimension).nonzero()

@@ -1,36 +1,45 @@
-"""What both scripts take from the command line, for `argparse`."""
+"""Argument types shared by both scripts."""
 
 import argparse
-
-import torch
-
-
-def device(text):
-    """Returns the `torch.device` of this name, once a tensor on it has been made and read back."""
-    try:
-        torch.zeros(1, device=text).item()
-    except Exception as error:  # each kind of device that this build lacks fails in its own way
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"there is no device '{text}' here ({reason})") from error
-    return torch.device(text)
+import glob
+import math
+import os
+from pathlib import Path
 
 
-def default_device():
-    """Returns the accelerator that PyTorch finds (CUDA, MPS, ...), and the CPU where there is none."""
-    return (
-        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
-    )
+def path(text):
+    """Returns a `Path` in which a leading ~ is the home directory."""
+    return Path(os.path.expanduser(text))  # noqa: PTH111  # Path.expanduser raises if there is no such user
 
 
-def check_ranges(parser, args, ranges):
-    """Ends the program as `parser` does at a mistake where a flag's value is out of its range.
+def integer(lowest, highest):
+    """Returns an argument type for integers in a range, both ends included."""
 
-    Args:
-        ranges: for the name of a flag, such as "batch_size", its lowest and its highest value; a flag
-            that was not given, None, has no value to be checked.
+    def integer(text):
+        if not lowest <= int(text) <= highest:
+            raise argparse.ArgumentTypeError(f"must be between {lowest:,} and {highest:,}, not {text}")
+        return int(text)
+
+    return integer
+
+
+def positive_number(text):
+    """Argument type for finite numbers greater than 0."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"must be greater than 0, not {text}")
+    return float(text)
+
+
+def expand(paths):
+    """Returns the paths, with patterns that the shell left unexpanded replaced by their matches.
+
+    Raises FileNotFoundError if a pattern matches nothing.
     """
-    for name, (lowest, highest) in ranges.items():
-        value = getattr(args, name)
-        if value is not None and not lowest <= value <= highest:
-            flag = f"--{name.replace('_', '-')}"
-            parser.error(f"argument {flag}: {value} is not from {lowest:,} to {highest:,}")
+    expanded = []
+    for path in paths:
+        is_pattern = glob.has_magic(str(path)) and not path.exists()
+        matches = sorted(path.parent.glob(path.name)) if is_pattern else [path]
+        if not matches:
+            raise FileNotFoundError(2, "No file matches this pattern", str(path))
+        expanded += matches
+    return expanded

@@ -1,4 +1,4 @@
-"""What a model says of a whole data set, and how much of it is right."""
+"""Predictions and metrics over a data set."""
 
 import statistics
 
@@ -7,37 +7,38 @@ import torch
 
 @torch.no_grad()
 def predict(model, loader):
-    """Returns the logits, float32 (N, 10), of all images of a loader that goes in order, and their labels.
+    """Returns the logits, float32 (N, 10), and the labels, int64 (N,), of all images of a loader, on the CPU.
 
     The model is left in evaluation mode.
     """
     model.eval()
-    return torch.cat([model(images) for images, _ in loader]), loader.dataset.tensors[1]
+    logits, labels = zip(*((model(images), labels) for images, labels in loader))
+    return torch.cat(logits).cpu(), torch.cat(labels).cpu()
 
 
-def accuracy(logits, labels):
-    """Returns the fraction of rows of (N, 10) whose largest value stands at the label, int64 (N,)."""
-    return float((logits.argmax(1) == labels).sum() / len(labels))
+def accuracy(scores, labels):
+    """Returns the top-1 accuracy, a fraction, of logits or probabilities (N, 10) for labels (N,)."""
+    return float((scores.argmax(1) == labels).sum() / len(labels))
 
 
-@torch.no_grad()
-def vote(models, images):
-    """Returns the mean softmax output of models for images on their device: float32 (N, 10), on the CPU."""
-    return torch.stack([model(images).softmax(1) for model in models]).mean(0).cpu()
+def ensemble_probabilities(logits):
+    """Returns the mean softmax output, float32 (N, 10), of several models, given the logits of each."""
+    return torch.stack(list(logits)).softmax(2).mean(0)
 
 
 def print_runs(name, results):
-    """Prints how the runs of a model vary, and what they score together.
+    """Prints a table of all runs, their mean and standard deviation, and the accuracy of their ensemble.
 
     Args:
-        results: for each run's name its accuracies on validation and on test images, its logits of the test
+        name: of the model.
+        results: dict from each run's name to its validation and test accuracy, the logits of the test
             images, float32 (N, 10), and their labels, int64 (N,).
     """
     validations, tests, logits, labels = zip(*results.values())
     print(f"\n{name:12}{'Validation':18}Test")
     for run, validation, test in zip(results, validations, tests):
         print(f"{run:12}{validation:<18.2%}{test:.2%}")
-    spreads = [f"{statistics.mean(x):.2%} ± {statistics.stdev(x):.2%}" for x in (validations, tests)]
-    print(f"{'mean ± sd':12}{spreads[0]:18}{spreads[1]}")
+    means = [f"{statistics.mean(x):.2%} ± {statistics.stdev(x):.2%}" for x in (validations, tests)]
+    print(f"{'mean ± sd':12}{means[0]:18}{means[1]}")
     print(f"{'lowest':12}{min(validations):<18.2%}{min(tests):.2%}")
-    print(f"{'ensemble':30}{accuracy(torch.stack(logits).softmax(2).mean(0), labels[0]):.2%}")
+    print(f"{'ensemble':30}{accuracy(ensemble_probabilities(logits), labels[0]):.2%}")

@@ -31,7 +31,8 @@ BLOCK = re.compile(
     re.MULTILINE,
 )
 TEST_LINE = re.compile(
-    r"^Test Accuracy: (\d+\.\d{2})% \(epoch (\d+), (best_\w+\.pth)\)\nTime: \d+ s\n", re.MULTILINE
+    r"^Test Accuracy: (\d+\.\d{2})% \(epoch (\d+), (best_\w+\.pth)\)\nTime: \d+ s(?: since resuming)?\n",
+    re.MULTILINE,
 )
 
 
@@ -41,7 +42,7 @@ def write_idx(path, array):
 
 
 def same(one, other):
-    """Whether two nested containers are equal, their tensors bit for bit."""
+    """Returns True if two nested containers are equal, their tensors bit for bit."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):
@@ -52,7 +53,7 @@ def same(one, other):
 
 
 def fingerprints(images):
-    """One integer an image that two different images do not share."""
+    """Returns one integer per image; different images have different ones."""
     pixels = (images * datafile.STD + datafile.MEAN).mul(255).round().to(torch.int64).flatten(1)
     weights = torch.randint(2**40, (784,), generator=torch.Generator().manual_seed(0))
     return (pixels * weights).sum(1)
@@ -101,7 +102,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def run(tmp_path):
-    """Starts a script of this project as a user would, in an empty folder; returns the finished process."""
+    """Runs a script of this project as a user would, in an empty directory; returns the finished process."""
 
     def run(script, *arguments, check=True, **options):
         command = [sys.executable, ROOT / script, *map(str, arguments)]
@@ -115,7 +116,7 @@ def run(tmp_path):
 
 @pytest.fixture
 def call(tmp_path, monkeypatch, capsys):
-    """Calls a script's main() in this process, in an empty folder; returns what the process would have."""
+    """Calls a script's main() in this process, in an empty directory; returns its output and status."""
 
     def call(script, *arguments, check=True):
         monkeypatch.chdir(tmp_path)

@@ -119,50 +119,48 @@ def huge_png(width, height):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1_000)))
 
 
-def test_of_a_folder_the_pictures_are_read_and_what_is_none_is_an_error(tmp_path):
-    folder = tmp_path / "digits"
-    (folder / "more.png").mkdir(parents=True)
-    seven().save(folder / "a sêven.png")
-    for name in ".hidden.png", "Thumbs.db", "desktop.ini", "notes.txt":
-        (folder / name).write_text("passed over")
-    (folder / "blank.png").write_bytes(b"")
-    Image.new("L", (100, 100), 255).save(folder / "empty.png")
-    (folder / "bomb.png").write_bytes(huge_png(60_000, 60_000))
-    (folder / "cut.png").write_bytes((folder / "a sêven.png").read_bytes()[:150])
-    (tmp_path / "nothing").mkdir()
-    (tmp_path / "notes.txt").write_text("7")
-    seven(ink=255, paper=0).save(tmp_path / "other.png")
-    paths = [tmp_path / name for name in ("digits", "nothing", "missing.png", "notes.txt", "other.png")]
-    reasons = {}
-    for path, read in drawings.read_drawings(paths):
-        reasons[path.name] = None if isinstance(read, torch.Tensor) else str(read)
-        assert reasons[path.name] is None or str(path) in str(read)
-    assert list(reasons) == [
-        *("a sêven.png", "blank.png", "bomb.png", "cut.png", "empty.png"),
-        *("nothing", "missing.png", "notes.txt", "other.png"),
-    ]
-    assert reasons["a sêven.png"] is None and reasons["other.png"] is None
-    for name, reason in [
-        ("blank.png", "is not a picture that can be read"),
-        ("bomb.png", "is too large: it has over "),
-        ("cut.png", "is not a picture that can be read"),
-        ("empty.png", "is empty: there is nothing on its background"),
-        ("nothing", "there is no picture in the folder"),
-        ("missing.png", "there is no file"),
-        ("notes.txt", "is not a picture that can be read"),
-    ]:
-        assert reason in reasons[name]
+def test_images_are_found_in_directories_by_extension(tmp_path):
+    for name in (
+        "b.PNG",
+        "a sêven.jpg",
+        "0/deep/c.tiff",
+        "IMG_1.HEIC",
+        "notes.pdf",
+        ".hidden.png",
+        ".git/d.png",
+    ):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "photos" / name).touch()
+    (tmp_path / "photos" / "folder.png").mkdir()
+    (tmp_path / "alone.pdf").touch()
+    images, others = drawings.find_images([tmp_path / "alone.pdf", tmp_path / "photos"])
+    assert [path.name for path in images] == ["alone.pdf", "c.tiff", "a sêven.jpg", "b.PNG"]
+    assert [path.name for path in others] == ["IMG_1.HEIC", "notes.pdf"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(drawings.DrawingError, match="empty contains no images"):
+        drawings.find_images([tmp_path / "empty"])
 
 
-def test_a_folder_that_cannot_be_read_is_an_error_and_the_rest_goes_on(tmp_path, monkeypatch):
-    locked = tmp_path / "locked"
-    locked.mkdir()
+def test_files_that_cannot_be_read_are_errors_that_name_them(tmp_path):
     seven().save(tmp_path / "seven.png")
-
-    def refuse(path):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(type(locked), "iterdir", refuse)  # root may read everything
-    (_, error), (_, digit) = drawings.read_drawings([locked, tmp_path / "seven.png"])
-    assert isinstance(error, PermissionError) and str(locked) in str(error)
-    assert digit.shape == (28, 28)
+    (tmp_path / "blank.png").write_bytes(b"")
+    Image.new("L", (100, 100), 255).save(tmp_path / "empty.png")
+    (tmp_path / "bomb.png").write_bytes(huge_png(60_000, 60_000))
+    (tmp_path / "small bomb.png").write_bytes(
+        huge_png(12_000, 12_000)
+    )  # over the limit, under twice the limit
+    (tmp_path / "cut.png").write_bytes((tmp_path / "seven.png").read_bytes()[:150])
+    (tmp_path / "notes.txt").write_text("7")
+    for name, reason in [
+        ("blank.png", "is not an image that can be read"),
+        ("bomb.png", "is too large: it has over "),
+        ("small bomb.png", "is too large: it has over "),
+        ("cut.png", "is not an image that can be read"),
+        ("empty.png", "is empty: nothing stands out from the background"),
+        ("missing.png", ": no such file"),
+        ("", ": not a regular file"),
+        ("notes.txt", "is not an image that can be read"),
+    ]:
+        with pytest.raises(drawings.DrawingError) as caught:
+            drawings.read_drawing(tmp_path / name)
+        assert str(caught.value).startswith(str(tmp_path / name)) and reason in str(caught.value)

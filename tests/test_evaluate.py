@@ -21,8 +21,8 @@ def test_scores_are_what_plain_pytorch_gives(call, trained, mnist):
         with torch.no_grad():
             outputs.append(model.eval()(images).softmax(1))
     outputs.append(sum(outputs))
-    rows = re.findall(r"Test Accuracy: (.*)% \((\d+) images wrong\)\nRecall of each digit: (.*)\n", output)
-    assert len(rows) == 3 and "\nEnsemble of these 2\n" in output
+    rows = re.findall(r"Test Accuracy: (.*)% \((\d+) errors\)\nRecall: (.*)\n", output)
+    assert len(rows) == 3 and "\nEnsemble of 2 models\n" in output
     for (accuracy, wrong, recalls), probabilities in zip(rows, outputs, strict=True):
         right = probabilities.argmax(1) == labels
         assert int(wrong) == pytest.approx((~right).sum().item(), abs=1)  # another batch size, another sum
@@ -30,7 +30,7 @@ def test_scores_are_what_plain_pytorch_gives(call, trained, mnist):
         for digit, recall in re.findall(r"(\d): ([\d.]+)%", recalls):
             expected = 100 * right[labels == int(digit)].float().mean().item()
             assert float(recall) == pytest.approx(expected, abs=0.2)
-    assert len(re.findall(r"Latency: [\d.]+ ms an image; throughput: [\d,]+ images/s\n", output)) == 2
+    assert len(re.findall(r"Latency: [\d.]+ ms; throughput: [\d,]+ images/s\n", output)) == 2
 
 
 def test_a_file_that_is_no_model_is_one_sentence(trained, tmp_path, call):
@@ -40,11 +40,11 @@ def test_a_file_that_is_no_model_is_one_sentence(trained, tmp_path, call):
     poisoned["1.weight"][0] = torch.nan
     torch.save(poisoned, tmp_path / "nan.pth")
     for name, reason in [
-        ("noise.pth", "noise.pth is damaged"),
-        ("other.pth", "other.pth does not have the weights of Model_1 or Model_2 or Model_3"),
-        ("nan.pth", "nan.pth: '1.weight' has values that are not finite"),
-        ("missing.pth", "there is no file missing.pth"),
-        (str(trained / "last_Model_1.pth"), "is the state of a training run"),
+        ("noise.pth", "noise.pth is corrupt or not a checkpoint"),
+        ("other.pth", "other.pth does not contain the weights of Model_1 or Model_2 or Model_3"),
+        ("nan.pth", "nan.pth: 1.weight has values that are not finite"),
+        ("missing.pth", "missing.pth: no such file"),
+        (str(trained / "last_Model_1.pth"), "is a training state; the weights are in the file best_..."),
     ]:
         process = call("evaluate.py", name, check=False)
         assert process.returncode == 1 and process.stderr.count("\n") == 1
@@ -59,15 +59,15 @@ def test_pictures_are_read_one_by_one_and_several_models_vote(call, trained, tmp
     process = call("evaluate.py", *checkpoints, "--device", "cpu", "--images", *paths, check=False)
     assert process.returncode == 1
     lines = process.stdout.splitlines()
-    assert [re.fullmatch(r"(.*): 7 \([\d.]+%\), else \d \([\d.]+%\)", line)[1] for line in lines] == [
+    assert [re.fullmatch(r"(.*): 7 \([\d.]+ %\), then \d \([\d.]+ %\)", line)[1] for line in lines] == [
         "seven.png",
         "other.png",
     ]
-    assert process.stderr == "evaluate.py: error: there is no file missing.png\n"
+    assert process.stderr == "evaluate.py: error: missing.png: no such file\n"
     assert call("evaluate.py", *checkpoints, "--images", "other.png").returncode == 0
 
 
 def test_a_failure_is_one_line_on_standard_error_and_status_1(run):
     process = run("evaluate.py", "missing.pth", check=False)
     assert (process.returncode, process.stdout) == (1, "")
-    assert process.stderr == "evaluate.py: error: there is no file missing.pth\n"
+    assert process.stderr == "evaluate.py: error: missing.pth: no such file\n"

@@ -1,5 +1,6 @@
-"""What a run does with signals, streams, folders and workers that are not as it expects them."""
+"""Signals, streams, directories, devices and workers in unexpected states."""
 
+import errno
 import fcntl
 import importlib
 import os
@@ -18,11 +19,11 @@ from nbclient import NotebookClient
 
 import train
 from conftest import BLOCK, ONE_THREAD, ROOT, end, same, saved_states, wait_for
-from support import checkpoint, process, startup
+from support import checkpoint, device, startup
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_a_signal_ends_the_run_with_one_line_that_says_how_to_go_on(start, tmp_path, name):
+def test_a_signal_ends_the_run_with_one_line_that_says_how_to_resume(start, tmp_path, name):
     number = getattr(signal, name)
     # Tests that run in the background, or under nohup, have some signals ignored.
     running = start("--epochs", 1_000, preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
@@ -31,32 +32,37 @@ def test_a_signal_ends_the_run_with_one_line_that_says_how_to_go_on(start, tmp_p
     running.send_signal(number)
     _, errors = end(running)
     assert running.returncode == 128 + number
-    epoch = len(checkpoint.read(tmp_path / "last_Model_3.pth")["history"])
-    assert errors.startswith(f"{name}: epoch {epoch} is saved in last_Model_3.pth; go on with: python ")
-    assert errors.endswith(" --epochs 1000 --resume\n") and errors.count("\n") == 1
+    epoch = len(checkpoint.read(tmp_path / "last_Model_3.pth")["state"]["history"])
+    reason = {"SIGINT": "Interrupted", "SIGTERM": "Terminated", "SIGHUP": "Disconnected"}[name]
+    advice = "to resume, add --resume to the same command"
+    assert errors == f"{reason}: epoch {epoch} is saved in last_Model_3.pth; {advice}\n"
 
     running = start("--epochs", epoch + 1, "--resume")
     output, errors = end(running)
     assert running.returncode == 0, errors
-    assert f"last_Model_3.pth is resumed after epoch {epoch}\n" in output
+    assert f"Resuming from last_Model_3.pth (epoch {epoch})\n" in output
     assert [block[0] for block in BLOCK.findall(output)] == [str(epoch + 1)]
 
 
-def test_what_a_run_prints_that_was_killed_in_its_first_epoch_can_be_typed(fit, start, tmp_path):
-    """Although the state of an earlier run, with other flags, is in the folder."""
+def test_a_run_killed_in_its_first_epoch_does_not_advise_to_resume(fit, start, tmp_path):
+    """Although the state of an earlier run, with other flags, is in the directory."""
     fit("--epochs", 1)
     earlier = saved_states(tmp_path)["last_Model_3.pth"]
     running = start("--seed", 1, "--epochs", 1, "--data-dir", ROOT / "data")  # an epoch of some seconds
-    wait_for(running, "last_Model_3.pth is not of this run: it is now last_Model_3.1.pth\n")
+    wait_for(running, "Renamed existing last_Model_3.pth to last_Model_3.1.pth\n")
     running.terminate()
     _, errors = end(running)
-    assert running.returncode == 143
-    sentence, _, command = errors.partition("; go on with: python ")
-    assert sentence == "SIGTERM: nothing of this run is saved yet"
-    arguments = command.replace(str(ROOT / "data"), "{data}").split()[1:]
-    output = fit(*arguments[arguments.index("--seed") :][:4], "--resume").stdout
-    assert "There is no last_Model_3.pth to resume" in output and "seed 1" in output
-    assert saved_states(tmp_path)["last_Model_3.1.pth"]["settings"] == earlier["settings"]
+    assert (running.returncode, errors) == (143, "Terminated: nothing is saved yet\n")
+    assert same(saved_states(tmp_path)["last_Model_3.1.pth"], earlier)
+
+
+def test_a_second_signal_does_not_interrupt_the_message_of_the_first(start):
+    running = start("--epochs", 1_000, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    wait_for(running, "Epoch: 2/")
+    for _ in range(20):
+        running.send_signal(signal.SIGINT)
+    _, errors = end(running)
+    assert running.returncode == 130 and errors.startswith("Interrupted: ") and errors.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGINT"])
@@ -110,7 +116,7 @@ def test_both_scripts_run_in_a_notebook_and_leave_it_as_it_was(tmp_path, small_d
         cwd=tmp_path,
     )
     assert len(BLOCK.findall(outputs[1])) == 1, outputs[1]
-    assert "last_Model_1.pth is finished after epoch 1" in outputs[2]
+    assert "Resuming from last_Model_1.pth (epoch 1)" in outputs[2]
     assert "best_Model_1.pth: Model_1, 26,698 parameters\nTest Accuracy: " in outputs[3]
     assert outputs[4] == "True\n"
     assert outputs[5] == "" or "KeyboardInterrupt" in outputs[5]
@@ -134,23 +140,25 @@ def shell(command, tmp_path):
     )
 
 
-def test_a_standard_output_that_is_closed_or_goes_away_is_named(small_data, tmp_path):
+def test_a_standard_output_that_fails_is_one_sentence_and_the_run_is_saved(small_data, tmp_path):
     options = f"--model Model_1 --epochs 3 --data-dir {small_data} --device cpu"
     command = f"{sys.executable} {ROOT}/train.py {options}"
-    ended = shell(f"{command} >&-", tmp_path)
-    assert (ended.returncode, ended.stdout) == (1, "")
-    assert ended.stderr.startswith("train.py: error: standard output is closed: ")
-    assert ended.stderr.count("\n") == 1
-
     ended = shell(f"{command} >/dev/full; exit $?", tmp_path)
     assert ended.returncode == 1
-    assert ended.stderr == "train.py: error: standard output takes no more (No space left on device)\n"
+    assert ended.stderr.splitlines()[0] == "train.py: error: [Errno 28] No space left on device"
 
     ended = shell(f"{command} | grep -m 1 -A 1 Epoch; exit ${{PIPESTATUS[0]}}", tmp_path)
     assert ended.returncode == 1
-    assert ended.stderr == "train.py: error: standard output takes no more (Broken pipe)\n"
+    assert re.fullmatch(
+        r"train.py: error: standard output was closed \(epoch \d is saved in last_Model_1.pth\)\n",
+        ended.stderr,
+    )
     epochs = [int(epoch) for epoch in re.findall(r"Epoch: (\d+)/3", ended.stdout)]
-    assert len(saved_states(tmp_path)["last_Model_1.pth"]["history"]) >= max(epochs)  # saved, then printed
+    assert len(saved_states(tmp_path)["last_Model_1.pth"]["state"]["history"]) >= max(epochs)
+
+    ended = shell(f"{command} --output-dir closed >&-", tmp_path)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    assert len(saved_states(tmp_path / "closed")["last_Model_1.pth"]["state"]["history"]) == 3
 
 
 def test_without_standard_error_it_trains_without_a_bar(small_data, tmp_path, trained):
@@ -175,21 +183,30 @@ def test_of_two_runs_in_one_folder_the_second_says_so_and_stops(start, fit, tmp_
     assert fit("--epochs", 1).stderr == ""  # a dead run locks nothing
 
 
-def test_where_a_folder_cannot_be_locked_a_line_says_so(fit, monkeypatch):
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK, errno.EBADF, errno.EINVAL, errno.EPERM])
+def test_a_directory_that_cannot_be_locked_is_one_line_and_the_run_continues(fit, monkeypatch, number):
     def unsupported(descriptor, operation):
-        raise OSError(error, os.strerror(error))
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    for error in process.errno.ENOTSUP, process.errno.ENOLCK, process.errno.ENOSYS:  # noqa: B007
-        ended = fit("--model", "Model_1", "--epochs", 1)
-        assert ended.stderr.startswith(". cannot be locked (") and ended.stderr.count("\n") == 1
-    error = process.errno.EIO
-    with pytest.raises(OSError, match="Input/output error"):
-        fit("--model", "Model_1", "--epochs", 1)
+    ended = fit("--model", "Model_1", "--epochs", 1)
+    assert ended.stderr.startswith("Cannot lock . (") and ended.stderr.count("\n") == 1
+
+
+def test_a_file_system_that_deletes_nothing_is_written_to(fit, monkeypatch):
+    unlink = Path.unlink
+
+    def deny(path, missing_ok=False):
+        if path.name.startswith(".writable"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", deny)
+    assert len(BLOCK.findall(fit("--model", "Model_1", "--epochs", 1).stdout)) == 1
 
 
 @pytest.mark.parametrize(
-    "error, told",
+    "error, expected",
     [
         (torch.OutOfMemoryError("CUDA out of memory"), True),
         (MemoryError(), True),
@@ -199,41 +216,83 @@ def test_where_a_folder_cannot_be_locked_a_line_says_so(fit, monkeypatch):
     ],
     ids=repr,
 )
-def test_errors_are_told_by_their_types(fit, call, trained, monkeypatch, error, told):
+def test_only_expected_errors_are_one_sentence(fit, call, trained, monkeypatch, error, expected):
     def fail(*arguments, **options):
         raise error
 
     monkeypatch.setattr(train, "train_epoch", fail)
     monkeypatch.setattr("evaluate.predict", fail)
-    for run in (
-        lambda: fit("--epochs", 1, check=False),
-        lambda: call("evaluate.py", trained / "best_Model_1.pth", check=False),
+    for run, advice in (
+        (lambda: fit("--epochs", 1, check=False), "try a smaller --batch-size or another --device"),
+        (lambda: call("evaluate.py", trained / "best_Model_1.pth", check=False), "choose another --device"),
     ):
-        if told:
-            assert "error: there is too little memory: try a smaller --batch-size" in run().stderr
+        if expected:
+            assert f"error: out of memory: {advice}\n" in run().stderr
         else:
             with pytest.raises(type(error)):
                 run()
 
 
-def test_too_large_a_batch_is_one_sentence(fit, monkeypatch):
-    """PyTorch's own error for what no machine has."""
-    monkeypatch.setattr(train, "augment", lambda images: images.new_empty(10**15))
-    assert "there is too little memory" in fit("--epochs", 1, check=False).stderr
+def test_a_batch_too_large_for_any_machine_is_one_sentence(fit, monkeypatch):
+    """PyTorch's own error."""
+    monkeypatch.setattr(train, "augment", lambda images, background: images.new_empty(10**15))
+    assert "error: out of memory: " in fit("--epochs", 1, check=False).stderr
 
 
-@pytest.mark.parametrize("found", ["device", "program"])
-def test_a_gpu_that_is_there_and_is_not_used_is_named_before_training(fit, call, trained, monkeypatch, found):
-    if torch.cuda.is_available():
-        pytest.skip("here it is used")
-    if found == "device":
-        monkeypatch.setattr(process, "NVIDIA", Path("/dev/null"))
-    else:
-        monkeypatch.setattr(process.shutil, "which", lambda name: f"/usr/bin/{name}")
-    line = r"there is an NVIDIA GPU here, but PyTorch cannot use it: \S.*\n"
-    assert re.fullmatch(line, fit("--model", "Model_1", "--epochs", 1).stderr)
-    options = "--device", "cpu", "--images", "missing.png"
-    assert re.match(line, call("evaluate.py", trained / "best_Model_1.pth", *options, check=False).stderr)
+NO_DRIVER = RuntimeError("Found no NVIDIA driver on your system.\nMore lines")
+
+
+@pytest.mark.parametrize(
+    "error, files, visible, expected",
+    [
+        (None, [], None, ("cuda", "")),
+        (NO_DRIVER, [], None, ("cpu", "")),
+        (
+            NO_DRIVER,
+            ["/dev/nvidia3"],
+            None,
+            ("cpu", "Running on the CPU: device 'cuda' is not available: Found no"),
+        ),
+        (NO_DRIVER, ["/usr/lib/wsl/lib/libcuda.so.1"], None, ("cpu", "Running on the CPU: device 'cuda' is")),
+        (NO_DRIVER, ["/dev/nvidia0"], "-1", ("cpu", "")),
+        (NO_DRIVER, ["/dev/nvidia0"], "", ("cpu", "")),
+    ],
+)
+def test_the_default_device_is_cuda_if_it_works_and_a_gpu_that_does_not_is_named_once(
+    monkeypatch, capsys, error, files, visible, expected
+):
+    """Simulated: a tensor on CUDA is made, or fails as on a machine with this GPU and another build."""
+
+    def zeros(*size, device):
+        if error:
+            raise error
+        return torch.ones(())
+
+    monkeypatch.setattr(device.torch, "zeros", zeros)
+    monkeypatch.setattr(device.shutil, "which", lambda name: None)
+    monkeypatch.setattr(
+        Path, "glob", lambda folder, pattern: [f for f in map(Path, files) if f.match(str(folder / pattern))]
+    )
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert device.select_device().type == expected[0]
+    line = capsys.readouterr().err
+    assert line.startswith(expected[1]) and line.count("\n") == bool(expected[1])
+    assert device.select_device(torch.device("cpu")) == torch.device("cpu")
+    assert capsys.readouterr().err == ""
+
+
+def test_each_of_several_workers_gets_its_own_gpu(monkeypatch):
+    """Simulated: four workers on a machine with two GPUs."""
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(device.workers, "WORLD_SIZE", 4)
+    for rank in range(4):
+        monkeypatch.setattr(device.workers, "LOCAL_RANK", rank)
+        assert device.select_device(torch.device("cuda")) == torch.device("cuda", rank % 2)
+    assert chosen == [torch.device("cuda", index) for index in (0, 1, 0, 1)]
 
 
 @pytest.mark.parametrize(
@@ -247,7 +306,7 @@ def test_a_gpu_that_is_there_and_is_not_used_is_named_before_training(fit, call,
         ({}, Path(pytest.__file__), False, False),
     ],
 )
-def test_threads_are_kept_on_their_cores_where_nobody_has_said_otherwise(
+def test_threads_stop_spinning_unless_the_user_decides(
     monkeypatch, environment, script, is_notebook, changed
 ):
     for name in list(os.environ):
@@ -257,13 +316,12 @@ def test_threads_are_kept_on_their_cores_where_nobody_has_said_otherwise(
         monkeypatch.setenv(name, value)
     before = dict(os.environ)
     monkeypatch.setattr(sys.modules["__main__"], "__file__", str(script), raising=False)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # to be put back
+    monkeypatch.setattr(signal, "signal", lambda *arguments: None)
     if is_notebook:
         monkeypatch.setattr(sys, "ps1", "In : ", raising=False)
     importlib.reload(startup)
-    on_linux = sys.platform == "linux" and not process.NVIDIA.exists()
-    assert dict(os.environ) == before | (startup.THREADS if changed and on_linux else {})
-    for name in startup.THREADS.keys() - before.keys():
+    assert dict(os.environ) == before | (startup.SPIN if changed else {})
+    for name in startup.SPIN.keys() - before.keys():
         os.environ.pop(name, None)
 
 
@@ -317,5 +375,5 @@ def test_workers_do_not_share_a_single_run(small_data, tmp_path):
     running = workers(2, tmp_path, small_data)
     output, errors = running.communicate()
     assert running.returncode != 0 and output == ""
-    assert "train.py: error: several workers need --runs or --folds: they do not share one run\n" in errors
+    assert "train.py: error: torchrun with several workers requires --runs or --folds\n" in errors
     assert list(tmp_path.iterdir()) == []

@@ -43,7 +43,7 @@ def deskewing():
 
 
 def symmetry():
-    models.Model_3 = plain_filters
+    models.MODELS["Model_3"] = plain_filters
 
 
 def averaging():

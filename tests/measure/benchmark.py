@@ -33,7 +33,8 @@ sys.path.insert(0, str(ROOT))
 import datafile  # noqa: E402
 import models  # noqa: E402
 import train  # noqa: E402
-from support import process  # noqa: E402
+from support import device  # noqa: E402
+from support.augmentation import augment  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -95,9 +96,9 @@ def epoch_against_bare_loop():
 
     def bare():
         model.train()
-        averaged, values = train.floating_point(average), train.floating_point(model)
+        averaged, values = map(train.floating_point_tensors, (average, model))
         for images, labels in bare_batches(*loader.dataset.tensors):
-            loss = cross_entropy(model(datafile.augment(images)), labels)
+            loss = cross_entropy(model(augment(images, datafile.BACKGROUND)), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -268,7 +269,7 @@ def time_steps(images, model):
 def half_a_batch(rank, folder):
     """Times the training steps of one of two workers that share each batch."""
     torch.set_num_threads(1)
-    process.keep_freed_memory()
+    device.keep_freed_memory()
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     seconds = time_steps(torch.rand(64, 1, 28, 28), DistributedDataParallel(models.Model_3()))
     if rank == 0:
@@ -357,7 +358,7 @@ def main():
     versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
     capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
     print(f"{cpu_name()}, {os.cpu_count()} cores, {capability}, {threads} threads; {versions}, {DEVICE}")
-    process.keep_freed_memory()  # as a run does before its first epoch
+    device.keep_freed_memory()  # as a run does before its first epoch
     chosen = [int(number) for number in sys.argv[1:]] or range(1, 1 + len(ROWS))
     for row in chosen:
         print(f"{ROWS[row - 1].__doc__}: {ROWS[row - 1]()}", flush=True)
