@@ -7,8 +7,10 @@ kept on the device as one tensor; a batch is a single indexing operation.
     for images, labels in loaders.train: ...
 """
 
+import gzip
+import hashlib
 import math
-import tempfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +27,7 @@ FILES = [
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 ]
+MNIST_DIGEST = "6ec8b2bda93d92536a92256ebf1a467ebbbf3d2091d83fd0148536a007e75caa"
 MEAN, STD = 0.1307, 0.3081  # of the training images' pixels, as fractions of 255
 BACKGROUND = -MEAN / STD  # a normalized pixel without ink
 EVALUATION_BATCH = 1_000
@@ -42,6 +45,7 @@ class Loaders(NamedTuple):
     validation: DataLoader
     test: DataLoader
     generator: torch.Generator
+    digest: str  # SHA-256 of the training labels and images
 
 
 class ShuffledIndices(Sampler):
@@ -76,7 +80,7 @@ class Batches(TensorDataset):
 
 
 def read_idx(path, dimensions):
-    """Reads an IDX file of unsigned bytes and checks its header against the file size.
+    """Reads an IDX file of unsigned bytes, which may be compressed with gzip, and checks its header.
 
     The format (http://yann.lecun.com/exdb/mnist/): big-endian 32-bit words, first the magic number
     (0x0800 for unsigned bytes, plus the number of dimensions), then each dimension, then the bytes.
@@ -91,11 +95,14 @@ def read_idx(path, dimensions):
     content = bytearray(path.stat().st_size)
     with path.open("rb") as file:
         del content[file.readinto(content) :]
+    try:
+        if content[:2] == b"\x1f\x8b":
+            content = bytearray(gzip.decompress(content))
+    except (EOFError, OSError, zlib.error) as error:
+        raise DataError(f"{path} is not a valid gzip file ({error})") from error
     magic, start = 0x0800 + dimensions, 4 + 4 * dimensions
     if not content:
         raise DataError(f"{path} is empty")
-    if content[:2] == b"\x1f\x8b":
-        raise DataError(f"{path} is compressed: decompress it with gunzip")
     if content[:4] != magic.to_bytes(4, "big"):
         raise DataError(
             f"{path} does not start with the magic number {magic} of an IDX file of "
@@ -119,7 +126,8 @@ def read_split(raw_dir, prefix):
         DataError: a file is invalid; the message names it.
         OSError: a file cannot be read.
     """
-    image_path, label_path = raw_dir / f"{prefix}-images-idx3-ubyte", raw_dir / f"{prefix}-labels-idx1-ubyte"
+    files = find_files(raw_dir)
+    image_path, label_path = files[f"{prefix}-images-idx3-ubyte"], files[f"{prefix}-labels-idx1-ubyte"]
     images, labels = read_idx(image_path, 3), read_idx(label_path, 1).long()
     if images.shape[1:] != (28, 28) or not len(images):
         raise DataError(
@@ -132,23 +140,46 @@ def read_split(raw_dir, prefix):
     return images, labels
 
 
-def download(data_dir):
-    """Downloads missing MNIST files to `data_dir`/MNIST/raw with torchvision. Raises DataError on failure."""
-    raw_dir = Path(data_dir) / "MNIST" / "raw"
+def find_files(folder):
+    """Returns a dict from each of `FILES` that a directory contains to its path.
+
+    Files may be compressed (.gz), and may be spelled as in "train-images.idx3-ubyte".
+    """
+    found = {}
+    for name in FILES:
+        for spelling in name, name.replace("-idx", ".idx"):
+            for path in folder / spelling, folder / f"{spelling}.gz":
+                if path.exists():
+                    found.setdefault(name, path)
+    return found
+
+
+def find_raw_dir(data_dir):
+    """Returns the directory with the four files; downloads MNIST to `data_dir` if it has none of them.
+
+    Raises:
+        DataError: the directory does not exist or contains only some of the files, or the download fails.
+    """
+    data_dir = Path(data_dir)
+    raw_dir = data_dir / "MNIST" / "raw"
+    missing = [name for name in FILES if name not in find_files(raw_dir)]
+    if not missing:
+        return raw_dir
+    if find_files(data_dir):
+        is_raw = data_dir.parts[-2:] == ("MNIST", "raw")
+        advice = f"use --data-dir {data_dir.parent.parent}" if is_raw else f"move them to {raw_dir}"
+        raise DataError(f"{data_dir} contains the files themselves: {advice}")
+    if not data_dir.is_dir():
+        raise DataError(f"{data_dir}: no such directory; create it to download MNIST there")
+    if len(missing) < len(FILES):
+        raise DataError(f"{raw_dir} has some files of a data set, but not {', '.join(missing)}")
+    print(f"Downloading MNIST, as {data_dir} contains no data set")
     try:
-        raw_dir.mkdir(parents=True, exist_ok=True)
-        # Download to a temporary directory, so that existing files are neither picked up nor overwritten.
-        with tempfile.TemporaryDirectory(dir=raw_dir) as folder:
-            datasets.MNIST(folder, download=True)
-            for name in FILES:
-                if not (raw_dir / name).exists():
-                    (Path(folder) / "MNIST" / "raw" / name).replace(raw_dir / name)
+        datasets.MNIST(data_dir, download=True)
     except (OSError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise DataError(
-            f"the MNIST files are not in {raw_dir} and could not be downloaded ({reason}): "
-            f"put {', '.join(FILES)} there"
-        ) from error
+        reason = f"MNIST could not be downloaded ({' '.join(str(error).split())})"
+        raise DataError(f"{reason}: put {', '.join(FILES)} in {raw_dir}") from error
+    return raw_dir
 
 
 def normalize(images):
@@ -183,26 +214,18 @@ def make_loader(images, labels, device):
 
 def get_test_loader(device="cpu", data_dir=DATA_DIR):
     """Returns a `DataLoader` over the test images only; arguments, batches and errors as in `get_loaders`."""
-    return make_loader(*read_split(find_files(data_dir), "t10k"), device)
-
-
-def find_files(data_dir):
-    """Returns the directory of the MNIST files; downloads missing ones. Raises DataError on failure."""
-    raw_dir = Path(data_dir) / "MNIST" / "raw"
-    if not all((raw_dir / name).exists() for name in FILES):
-        download(data_dir)
-    return raw_dir
+    return make_loader(*read_split(find_raw_dir(data_dir), "t10k"), device)
 
 
 def get_loaders(
     batch_size=128, validation_size=None, seed=0, device="cpu", data_dir=DATA_DIR, fold=None, upstrokes=False
 ):
-    """Returns the MNIST data set as `Loaders`: `train`, `validation`, `test` and the shuffling `generator`.
+    """Returns the MNIST data set as `Loaders`: three `DataLoader`s, generator and digest.
 
     Each loader is a `torch.utils.data.DataLoader` whose batches are pairs of images, float32
     (N, 1, 28, 28), and labels, int64 (N,), on `device`. The seed determines the validation split and the
     shuffling order. Training batches are shuffled and have `batch_size` images; the other two loaders go in
-    order, in batches of 1,000. Any data set in MNIST's file format and naming works.
+    order, in batches of 1,000. Any data set in MNIST's file format and naming works, compressed or not.
 
     MNIST: Y. LeCun, C. Cortes, C. J. C. Burges, http://yann.lecun.com/exdb/mnist/.
 
@@ -212,18 +235,21 @@ def get_loaders(
             for MNIST).
         seed: an int; the same seed gives the same split and order.
         device: a `torch.device` or its name.
-        data_dir: directory that contains MNIST/raw; missing files are downloaded.
+        data_dir: directory that contains MNIST/raw; MNIST is downloaded there if it contains no data set.
         fold: for cross-validation, a pair (k, K) with k from 1 to K: the seed determines K stratified
             folds, and fold k is the validation set. `validation_size` is ignored.
         upstrokes: add an upstroke to one in ten training ones (`add_upstrokes`), the same in each epoch.
+            Only if the training set is MNIST's: in other data sets, label 1 need not be the digit 1.
 
     Raises:
         DataError: files are missing and cannot be downloaded, a file is invalid, or the training or
             validation set would be empty.
         OSError: a file cannot be read.
     """
-    raw_dir = find_files(data_dir)
+    raw_dir = find_raw_dir(data_dir)
     images, labels = read_split(raw_dir, "train")
+    digest = hashlib.sha256(labels.numpy())
+    digest.update(images.numpy())
     generator = torch.Generator().manual_seed(seed)
     if validation_size is None:
         validation_size = len(images) // 12
@@ -233,7 +259,7 @@ def get_loaders(
             f"{raw_dir} has {len(images):,} training images: with {len(validation):,} of them held out for "
             "validation (validation_size), the training or the validation set would be empty"
         )
-    if upstrokes:
+    if upstrokes and digest.hexdigest() == MNIST_DIGEST:
         ones = training[labels[training] == 1]
         ones = ones[: round(UPSTROKES * len(ones))]  # `training` is already shuffled
         images[ones] = add_upstrokes(images[ones], generator)
@@ -246,4 +272,5 @@ def get_loaders(
         make_loader(images[validation], labels[validation], device),
         get_test_loader(device, data_dir),
         generator,
+        digest.hexdigest(),
     )

@@ -142,8 +142,7 @@ def main():
     with process.exit_on_error(*errors):
         process.line_buffer_stdout()
         if args.plot:
-            plots.check_matplotlib()
-            process.make_writable(args.plot)
+            plots.prepare(args.plot)
         args.device = device.select_device(args.device)
         args.checkpoints = flags.expand(args.checkpoints)
         models = [checkpoint.load(path, args.model).to(args.device) for path in args.checkpoints]

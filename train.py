@@ -12,7 +12,6 @@ from support import startup  # noqa: F401  # isort: skip  # before PyTorch is im
 
 import argparse
 import contextlib
-import copy
 import math
 import sys
 import time
@@ -80,7 +79,6 @@ def train_epoch(model, average, loader, optimizer, epoch, augmented=True):
             loss.backward()
             optimizer.step()
             update_average(averaged, weights, 9 / (9 + (epoch - 1) * len(loader) + step))
-
             losses.append(loss.detach() * len(labels))
             correct.append((logits.argmax(1) == labels).sum())
             seen += len(labels)
@@ -89,14 +87,13 @@ def train_epoch(model, average, loader, optimizer, epoch, augmented=True):
                 bar.set_postfix_str("loss {:.3f}, {:.2%}".format(*means), refresh=False)
     losses, correct = (torch.stack(sums).cpu().tolist() for sums in (losses, correct))
     for step, loss in enumerate(losses, 1):
-        check_finite(loss, f"in epoch {epoch}, step {step}", optimizer)
+        check_finite(loss, f"in epoch {epoch}, step {step}", lr)
     return sum(losses) / seen, sum(correct) / seen
 
 
-def check_finite(loss, where, optimizer):
+def check_finite(loss, where, lr):
     """Raises FloatingPointError if the loss is NaN or infinite."""
     if not math.isfinite(loss):
-        lr = optimizer.param_groups[0]["lr"]
         raise FloatingPointError(f"the loss became {loss} {where}, at learning rate {lr:g}: try a lower --lr")
 
 
@@ -110,8 +107,8 @@ def update_average(averaged, weights, weight):
 
     With weight = (eta + 1) / (t + eta) at step t this is polynomial-decay averaging, here with eta = 8 but
     for an offset of one step: the effective window is the last ninth of the steps so far. O. Shamir,
-    T. Zhang, "Stochastic gradient descent for non-smooth optimization", ICML 2013.
-    (`torch.optim.swa_utils.AveragedModel` synchronizes with the device on every call.)
+    T. Zhang, "Stochastic gradient descent for non-smooth optimization", ICML 2013. (`AveragedModel` of
+    `torch.optim.swa_utils` synchronizes with the device on every call.)
     """
     torch._foreach_lerp_(averaged, weights, weight)
 
@@ -119,20 +116,15 @@ def update_average(averaged, weights, weight):
 def create_training_state(name, args, seed, fold, loaders):
     """Returns a new `TrainingState` for the model with this name, and prints its configuration."""
     lr = args.lr or RECIPES[name].lr[args.optimizer]
-    settings = {"model": name, "seed": seed, "folds": f"{fold}/{args.folds}" if fold else "none"}
-    settings |= {
-        "optimizer": args.optimizer,
-        "lr": lr,
-        "batch_size": args.batch_size,
-        "augment": args.augment,
-    }
-    print(f"{name} on {args.device}, " + ", ".join(f"{key} {settings[key]}" for key in list(settings)[1:]))
+    options = {flag: getattr(args, flag) for flag in ("optimizer", "batch_size", "augment")}
+    settings = {"seed": seed, "folds": f"{fold}/{args.folds}" if fold else "none"} | options | {"lr": lr}
+    print(f"{name} on {args.device}, " + ", ".join(f"{flag} {value}" for flag, value in settings.items()))
     print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} CPU threads")
     sizes = (len(loader.dataset) for loader in loaders[:3])
     print("Images: {:,} for training, {:,} for validation, {:,} for testing\n".format(*sizes))
+    settings |= {"model": name, "data_dir": f"<SHA-256 {loaders.digest[:12]}...>"}
     torch.manual_seed(seed)
     model = MODELS[name]().to(args.device)
-    summary(copy.deepcopy(model).cpu().eval(), (1, 28, 28), device="cpu")
     optimizer = OPTIMIZERS[args.optimizer](model.parameters(), lr=lr)
     scheduler = ReduceLROnPlateau(optimizer, mode="max", factor=0.1, patience=3)
     return TrainingState(model, optimizer, scheduler, loaders.generator, settings)
@@ -151,7 +143,7 @@ def run_epoch(state, loaders, augmented):
     loss = cross_entropy(logits, labels).item()
     if checkpoint.find_not_finite(state.average.state_dict()):
         loss = math.nan
-    check_finite(loss, f"after epoch {epoch}", optimizer)
+    check_finite(loss, f"after epoch {epoch}", lr)
     validation_accuracy = accuracy(logits, labels)
     state.scheduler.step(validation_accuracy)
     state.add_epoch(lr, *metrics, loss, validation_accuracy)
@@ -202,7 +194,6 @@ def train(name, args, seed, fold=None):
         print_epoch(state, epochs)
     if len(state.history) < epochs:
         print(f"Early stopping: no improvement for {args.early_stopping} epochs")
-
     best_epoch = state.best_epoch()
     state.average.load_state_dict(state.best)
     logits, labels = predict(state.average, loaders.test)
@@ -224,17 +215,13 @@ def train_runs(name, args):
     else:
         runs = {f"seed {seed}": (seed,) for seed in range(args.seed, args.seed + args.runs)}
     own = list(runs)[workers.RANK :: workers.WORLD_SIZE]
-    results = {}
-    for share in workers.gather({run: train(name, args, *runs[run]) for run in own}):
-        results |= share
-    print_runs(name, {run: results[run] for run in runs})
+    shares = workers.gather({run: train(name, args, *runs[run]) for run in own})
+    print_runs(name, {run: share[run] for run in runs for share in shares if run in share})
 
 
 def parse_args(arguments=None):
     """Parses the command line (or `arguments`, if given)."""
-    parser = argparse.ArgumentParser(
-        description="Train a tiny MNIST classifier and report its test accuracy."
-    )
+    parser = argparse.ArgumentParser(description="Train a tiny MNIST classifier and report its accuracy.")
     add, count = parser.add_argument, flags.integer(1, 10**6)
     add("--model", choices=[*RECIPES, "all"], default="Model_3", help="model to train (default: %(default)s)")
     add("--epochs", type=count, metavar="N", help="number of epochs (default: 2, 12, 15, by model)")
@@ -265,13 +252,13 @@ def main():
         process.line_buffer_stdout()
         process.make_writable(args.output_dir)
         if args.plot:
-            plots.check_matplotlib()
-            process.make_writable(args.plot)
+            plots.prepare(args.plot)
         args.device = device.select_device(args.device)
         lock = contextlib.nullcontext() if workers.LOCAL_RANK else process.locked(args.output_dir)
         with workers.process_group(), lock:
             workers.gather()  # barrier: wait for rank 0 to lock the directory
             for name in RECIPES if args.model == "all" else [args.model]:
+                summary(MODELS[name]().eval(), (1, 28, 28), device="cpu")
                 if args.runs or args.folds:
                     train_runs(name, args)
                 else:

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from models.layers import P4MConv2d
+from support.process import make_writable
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # color-blind safe: M. Okabe, K. Ito, 2008
 
@@ -12,8 +13,8 @@ class PlotError(Exception):
     """matplotlib is missing or does not work."""
 
 
-def check_matplotlib():
-    """Raises PlotError, with the remedy, if matplotlib cannot be imported."""
+def prepare(folder):
+    """Creates the directory of the plots. Raises PlotError if matplotlib cannot be imported."""
     try:
         import matplotlib.figure  # noqa: F401
     except Exception as error:  # a broken installation may raise anything
@@ -21,6 +22,7 @@ def check_matplotlib():
             raise PlotError("--plot requires matplotlib: pip install matplotlib") from error
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise PlotError(f"--plot requires matplotlib, which fails: {reason}") from error
+    make_writable(folder)
 
 
 def save(path, draw, rows=1, columns=1, size=(5.2, 5)):

@@ -117,7 +117,7 @@ def test_a_batch_is_one_indexing_operation(mnist):
     assert indexing.calls == 2 * len(mnist[0])  # images and labels
 
 
-@pytest.mark.parametrize("size", [0, 60_000, -1])
+@pytest.mark.parametrize("size", [0, 60_000, -1, 60_001, 10**9])
 def test_validation_size_must_leave_images_on_both_sides(size):
     with pytest.raises(datafile.DataError, match="validation_size"):
         datafile.get_loaders(validation_size=size)
@@ -139,8 +139,8 @@ def cut_header(path):
     path.write_bytes(path.read_bytes()[:6])
 
 
-def compress(path):
-    path.write_bytes(gzip.compress(path.read_bytes(), 1))
+def cut_compressed(path):
+    path.write_bytes(gzip.compress(path.read_bytes(), 1)[:-9])
 
 
 def lie_about_count(path):
@@ -173,7 +173,7 @@ BREAKS = {
     lengthen: "bytes of data",
     empty: "empty",
     cut_header: "bytes of data",
-    compress: "gunzip",
+    cut_compressed: "gzip",
     lie_about_count: "bytes of data",
     swap_with_a_longer_one: "300",
     swap_with_other_kind: "magic number",
@@ -229,13 +229,84 @@ def test_a_data_set_of_another_size_is_held_out_from_in_the_same_share(few_image
         datafile.get_loaders(data_dir=folder, fold=(300, 300))
 
 
-def test_missing_files_that_cannot_be_downloaded_are_named_with_their_folder(tmp_path, monkeypatch):
+def test_upstrokes_are_added_to_mnist_only(few_images):
+    folder = few_images.parent.parent
+    plain, other = (datafile.get_loaders(data_dir=folder, upstrokes=upstrokes) for upstrokes in (False, True))
+    assert torch.equal(plain.train.dataset.tensors[0], other.train.dataset.tensors[0])
+
+
+@pytest.mark.parametrize("form", ["{}.gz", "{}"])
+@pytest.mark.parametrize("dot", [False, True])
+def test_files_are_read_compressed_and_in_both_spellings(few_images, form, dot):
+    folder = few_images.parent.parent
+    expected = datafile.get_loaders(data_dir=folder)
+    for name in datafile.FILES:
+        content = (few_images / name).read_bytes()
+        (few_images / name).unlink()
+        path = few_images / form.format(name.replace("-idx", ".idx") if dot else name)
+        path.write_bytes(gzip.compress(content, 1) if path.suffix == ".gz" else content)
+    loaders = datafile.get_loaders(data_dir=folder)
+    assert loaders.digest == expected.digest
+    for loader, other in zip(loaders[:3], expected[:3]):
+        assert torch.equal(loader.dataset.tensors[0], other.dataset.tensors[0])
+
+
+def test_another_data_set_has_another_digest(few_images):
+    folder = few_images.parent.parent
+    digests = {datafile.get_loaders(data_dir=folder).digest}
+    for name, byte in ("train-labels-idx1-ubyte", 8), ("train-images-idx3-ubyte", 16):
+        content = bytearray((few_images / name).read_bytes())
+        content[byte] ^= 1
+        (few_images / name).write_bytes(content)
+        digests.add(datafile.get_loaders(data_dir=folder).digest)
+    assert len(digests) == 3
+
+
+def test_the_test_images_are_read_without_the_training_images(few_images):
+    for name in datafile.FILES[:2]:
+        (few_images / name).write_bytes(b"broken")
+    assert len(datafile.get_test_loader(data_dir=few_images.parent.parent).dataset) == 200
+
+
+@pytest.fixture
+def no_download(monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("nothing may be downloaded")
+
+    monkeypatch.setattr(datasets, "MNIST", refuse)
+
+
+@pytest.mark.parametrize("missing", datafile.FILES)
+def test_a_missing_file_of_a_data_set_is_named_and_not_replaced_by_mnists(few_images, missing, no_download):
+    (few_images / missing).unlink()
+    before = sorted(few_images.iterdir())
+    with pytest.raises(datafile.DataError, match=f"has some files of a data set, but not {missing}$"):
+        datafile.get_loaders(data_dir=few_images.parent.parent)
+    assert sorted(few_images.iterdir()) == before
+
+
+def test_the_directory_of_the_files_themselves_gives_the_one_to_use(few_images, tmp_path, no_download):
+    with pytest.raises(datafile.DataError, match=f"use --data-dir {few_images.parent.parent}$"):
+        datafile.get_loaders(data_dir=few_images)
+    other = shutil.copytree(few_images, tmp_path / "fashion")
+    with pytest.raises(datafile.DataError, match=f"move them to {other}/MNIST/raw$"):
+        datafile.get_loaders(data_dir=other)
+
+
+def test_a_mistyped_directory_is_an_error_and_not_created(tmp_path, no_download):
+    with pytest.raises(datafile.DataError, match="dta: no such directory"):
+        datafile.get_loaders(data_dir=tmp_path / "dta")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failed_download_names_the_files_and_their_directory(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets.MNIST, "mirrors", ["http://127.0.0.1:9/"])  # nobody answers there
     with pytest.raises(datafile.DataError) as caught:
         datafile.get_loaders(data_dir=tmp_path)
     message = str(caught.value)
     assert all(name in message for name in datafile.FILES) and str(tmp_path / "MNIST" / "raw") in message
     assert "\n" not in message
+    assert capsys.readouterr().out.startswith(f"Downloading MNIST, as {tmp_path} contains no data set\n")
 
 
 @pytest.fixture
@@ -254,10 +325,7 @@ def mirror(monkeypatch):
         server.server_close()
 
 
-@pytest.mark.parametrize("older", [False, True])
-def test_missing_files_are_downloaded_where_a_mirror_answers(
-    few_images, tmp_path, mirror, monkeypatch, older
-):
+def test_mnist_is_downloaded_to_an_empty_directory(few_images, tmp_path, mirror, monkeypatch):
     resources = []
     for name in datafile.FILES:
         compressed = gzip.compress((few_images / name).read_bytes(), 1)
@@ -265,16 +333,9 @@ def test_missing_files_are_downloaded_where_a_mirror_answers(
         resources.append((f"{name}.gz", hashlib.md5(compressed).hexdigest()))
     monkeypatch.setattr(datasets.MNIST, "resources", resources)
     mirror(functools.partial(SimpleHTTPRequestHandler, directory=few_images))
-    if older:  # the form in which torchvision kept MNIST until 2019, which it still takes for the files
-        processed = tmp_path / "new" / "MNIST" / "processed"
-        processed.mkdir(parents=True)
-        for name in "training.pt", "test.pt":
-            torch.save((torch.zeros(2, 28, 28).byte(), torch.zeros(2).long()), processed / name)
+    (tmp_path / "new").mkdir()
     loaders = datafile.get_loaders(data_dir=tmp_path / "new")
     assert [len(loader.dataset) for loader in loaders[:3]] == [184, 16, 200]
-    assert sorted(path.name for path in (tmp_path / "new" / "MNIST" / "raw").iterdir()) == sorted(
-        datafile.FILES
-    )
 
 
 def test_the_reason_why_a_download_failed_is_named(tmp_path, mirror):
@@ -392,7 +453,8 @@ def damage(draw, contents):
     elif kind == "swapped":
         content = contents[other]
     elif kind == "gzip":
-        content = gzip.compress(content)
+        content = bytearray(gzip.compress(content, 1))
+        content[draw(st.integers(10, len(content) - 1))] ^= draw(st.integers(1, 255))
     else:
         content = draw(st.binary(max_size=300))
     return name, bytes(content)
