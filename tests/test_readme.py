@@ -53,10 +53,6 @@ def test_the_lines_that_use_and_export_a_saved_model_work(tmp_path, monkeypatch,
         torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_the_page_without_ec2_is_short():
-    assert len(README) - len(SECTIONS["Training on EC2"]) <= 12_000
-
-
 def test_checksums_are_those_of_the_files():
     page = (ROOT / "data" / "README.md").read_text()
     for name in datafile.FILES:
