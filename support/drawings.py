@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps, ImageStat, PngImagePlugin  # Pillow comes with torchvision
-from torch.nn.functional import interpolate, max_pool2d
+from torch.nn.functional import avg_pool2d, interpolate, max_pool2d, pad
 from torchvision.transforms.functional import pil_to_tensor
 
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # long comments are allowed
@@ -22,7 +22,7 @@ class DrawingError(ValueError):
 def read_drawing(source):
     """Reads an image of one digit and converts it to MNIST's format.
 
-    The background may be lighter or darker than the ink, unevenly lit, colored or transparent. As in
+    The background may be lighter or darker than the ink, unevenly lit, ruled, colored or transparent. As in
     MNIST, the digit is scaled to fit a box of 20 x 20 pixels, antialiased, and its center of mass is
     moved to the center of the image (Y. LeCun et al., "Gradient-based learning applied to document
     recognition", Proc. IEEE 86(11), 1998).
@@ -37,16 +37,49 @@ def read_drawing(source):
         DrawingError: the file does not exist, is not an image, is too large, or contains no ink.
         OSError: the file cannot be read.
     """
+    return examine(source)[0]
+
+
+def examine(source):
+    """Returns the result of `read_drawing`, and a remark if the image may not show a single digit, else ""."""
     name = source if isinstance(source, str | Path) else "the drawing"
     picture = to_grayscale(open_image(source, name))
-    ink = find_ink(picture)
-    if ink is None:
+    for subtract in subtract_surface, subtract_closing:
+        ink, sign, inset = find_ink(picture, subtract)
+        if ink is not None:
+            break
+    else:
         raise DrawingError(f"{name} is empty: nothing stands out from the background")
+    lines = find_lines(ink)
+    ink = ink * ~lines
     # A second, closer look at the part that contains the digit.
-    scale = max(picture.size) / max(ink.shape)
-    top, left, bottom, right = (round(scale * edge) for edge in bounding_box(ink, margin=4))
-    closer = find_ink(picture.crop((left, top, min(right, picture.width), min(bottom, picture.height))))
-    return center(ink if closer is None else closer)
+    scale = (ink.shape[1] + 2 * inset) / picture.width
+    top, left, bottom, right = box = bounding_box(ink, margin=4)
+    y0, x0, y1, x1 = (round((edge + inset) / scale) for edge in box)
+    crop = picture.crop((x0, y0, min(x1, picture.width), min(y1, picture.height)))
+    closer, *_ = find_ink(crop, subtract, sign)
+    if closer is not None and (lines.any() or subtract is subtract_closing):
+        near = max_pool2d(ink[None, None, top:bottom, left:right], 9, 1, 4)
+        closer = closer * (interpolate(near, closer.shape, mode="bilinear")[0, 0] > 0.1)
+    digit = center(closer if closer is not None and (closer > 0.3).any() else ink)
+    return digit, describe(ink)
+
+
+def describe(ink):
+    """Returns a remark if ink, float32 (H, W), does not look like a single digit, else ""."""
+    top, left, bottom, right = bounding_box(ink, margin=0)
+    height, width = bottom - top, right - left
+    labels = label_components(ink > 0.3)
+    parts = [(labels == label).nonzero() for label in labels.unique()[1:]]
+    parts = [part for part in parts if part[:, 0].max() - part[:, 0].min() > 0.6 * height]
+    edges = sorted((int(part[:, 1].min()), int(part[:, 1].max())) for part in parts)
+    gaps = [start - end for (_, end), (start, _) in zip(edges, edges[1:])]
+    digits = 1 + sum(gap > 0.12 * height for gap in gaps)  # parts of one digit are closer
+    if digits > 1:
+        return f"this looks like {digits} digits: give each its own image"
+    filled = float((ink > 0.3).float().sum()) / (height * width)
+    is_spot = filled > 0.75 and width > 0.5 * height
+    return "this may not be a digit" if is_spot or width > 2.2 * height else ""
 
 
 def center(ink):
@@ -157,37 +190,40 @@ def to_grayscale(image):
     return max((color.convert("L"), *color.split()), key=lambda channel: ImageStat.Stat(channel).stddev[0])
 
 
-def find_ink(picture, side=128):
+def find_ink(picture, subtract, sign=None, side=128):
     """Separates ink from background.
-
-    The background is modeled as a quadratic surface, fitted robustly; ink is whatever deviates from it in the
-    dominant direction. Spots much smaller than the digit are removed.
 
     Args:
         picture: a grayscale `PIL.Image`.
-        side: length of the longer side of the result, in pixels.
+        subtract: `subtract_surface` or `subtract_closing`.
+        sign: 1 if the ink is darker than the background, -1 if it is lighter; by default, it is found out.
+        side: the result has about `side` x `side` pixels.
 
     Returns:
-        float32 (H, W), from 0 for background to 1 for ink, or None if there is no ink.
+        The ink, float32 (H, W), from 0 for background to 1 for ink, without spots much smaller than the
+        digit, or None if there is none; its sign; and the width of a frame that was removed around it.
     """
-    scale = side / max(picture.size)
+    scale = side / math.sqrt(math.prod(picture.size))
     size = [max(1, round(scale * length)) for length in picture.size]
     gray = pil_to_tensor(picture.resize(size, Image.Resampling.BICUBIC))[0].float()
-    difference, noise = subtract_background(gray)
-    if (difference**3).sum() < 0:
-        difference = -difference
-    difference = difference.clamp(min=0)
+    gray, inset = remove_frame(gray)
+    difference, noise, sign = subtract(gray, sign)
     level = otsu_threshold(difference)
     full = difference[difference > level].median() if (difference > level).any() else torch.tensor(0.0)
-    if full < max(8, 4 * noise):
-        return None
+    if full < 4 * noise:
+        return None, sign, inset
     low = max(0.2 * full, min(2 * noise, 0.5 * full))
     ink = ((difference - low) / (full - low)).clamp(0, 1)
-    return ink * large_components(ink > 0.3, ink)
+    return ink * large_components(ink > 0.3, ink), sign, inset
 
 
-def subtract_background(gray):
-    """Returns a quadratic background minus the image, float32 (H, W), and the scale of the noise."""
+def subtract_surface(gray, _):
+    """Subtracts a quadratic surface, fitted robustly, from an image (H, W): for strokes on any paper.
+
+    Returns:
+        The absolute difference of ink, 0 where the difference has the other sign; the scale of the noise, at
+        least 2 gray levels; and the sign of the ink, by default that of the larger differences.
+    """
     height, width = gray.shape
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
     terms = torch.stack([x**0, x, y, x * x, x * y, y * y]).flatten(1)
@@ -197,13 +233,76 @@ def subtract_background(gray):
         before = surface
         weighted = weight * terms
         # Solving the normal equations is much cheaper than least squares over all pixels.
-        surface = torch.linalg.lstsq(weighted @ terms.T, weighted @ gray.view(-1, 1)).solution
+        surface = torch.linalg.lstsq(weighted @ terms.T, weighted @ gray.reshape(-1, 1)).solution
         difference = (surface.T @ terms).view_as(gray) - gray
         if (surface - before).abs().max() < 0.01:  # of 255 gray levels
             break
         noise = 1.5 * difference.flatten()[weight > 0].abs().median().clamp(min=1)
         weight = 1 / (1 + (difference.flatten() / (2 * noise)) ** 2) ** 2
-    return difference, noise
+    sign = 1 if (difference**3).sum() >= 0 else -1
+    return (sign * difference).clamp(min=0), max(noise, 2), sign
+
+
+def subtract_closing(gray, sign):
+    """Subtracts an image (H, W) from its morphological closing: for digits that fill it, shadows, faint ink.
+
+    Closing fills dark parts that are narrower than a square of 55 pixels. Returns the same as
+    `subtract_surface`, with a noise of at least 0.6 gray levels.
+    """
+    sign = sign or (1 if has_dark_ink(gray) else -1)
+    gray = sign * gray
+    smooth = avg_pool2d(gray[None, None], 3, 1, 1, count_include_pad=False)
+    height, width = size = [min(55, length) for length in gray.shape]
+    # Dilation, then erosion, with squares inside the image.
+    lightest = pad(max_pool2d(smooth, size, 1), (width - 1,) * 2 + (height - 1,) * 2, value=torch.inf)
+    difference = -max_pool2d(-lightest, size, 1)[0, 0] - gray
+    noise = 1.5 * (gray - smooth[0, 0]).abs().median()
+    return (difference - difference.quantile(0.1)).clamp(min=0), max(noise, 0.6), sign
+
+
+def remove_frame(gray):
+    """Removes uniform frames around an image (H, W), up to an eighth of its shorter side; returns the rest.
+
+    Also returns how many pixels were removed on each side.
+    """
+    inset = 0
+    for depth in range(1, min(gray.shape) // 8 + 1):
+        outer, inner = border(gray, inset), border(gray, depth)
+        if max(outer.std(), inner.std()) < 12 and (outer.median() - inner.median()).abs() > 30:
+            inset = depth
+    height, width = gray.shape
+    return gray[inset : height - inset, inset : width - inset], inset
+
+
+def border(gray, depth=0):
+    """Returns the pixels of an image (H, W) at this distance from its edges."""
+    height, width = gray.shape
+    rows, columns = gray[depth : height - depth], gray[depth : height - depth, depth : width - depth]
+    return torch.cat([columns[[0, -1]].flatten(), rows[:, [depth, width - depth - 1]].flatten()])
+
+
+def has_dark_ink(gray):
+    """Returns True if the ink of an image (H, W) is darker than its border and its corners."""
+    low, high = gray.flatten().quantile(torch.tensor([0.02, 0.98]))
+    is_light = (gray > (low + high) / 2).float()
+    corners = is_light[[0, -1]][:, [0, -1]]
+    return bool(border(is_light).mean() + corners.mean() > 1)
+
+
+def find_lines(ink):
+    """Returns the pixels, bool (H, W), of ruled lines: thin, straight, from edge to edge.
+
+    There are none if the rest of the ink touches an edge: a digit that fills the image may have such lines.
+    """
+    lines = torch.zeros_like(ink, dtype=torch.bool)
+    for mask, found in (ink > 0.3, lines), ((ink > 0.3).T, lines.T):
+        filled = mask.float().mean(1)[None, None]
+        nearby = -max_pool2d(-filled, (1, 9), 1, (0, 4))
+        rows = (filled > 0.85) & (nearby < 0.5)
+        found |= max_pool2d(rows.float(), (1, 3), 1, (0, 1))[0, 0][:, None] > 0
+    rest = ink * ~lines
+    is_digit = (rest > 0.3).any() and not (border(rest) > 0.3).any()
+    return lines if is_digit else torch.zeros_like(lines)
 
 
 def otsu_threshold(values):
@@ -216,17 +315,30 @@ def otsu_threshold(values):
 
 
 def large_components(mask, ink):
-    """Keeps the connected components of a bool mask (H, W) with at least a tenth of the largest one's ink."""
+    """Keeps the connected components of a bool mask (H, W) with at least a tenth of the largest one's ink.
+
+    Those that touch an edge are removed if another one has at least 0.3 of the largest one's ink.
+    """
+    labels = label_components(mask)
+    sums = torch.zeros(mask.numel() + 1).index_add_(0, labels.flatten(), (ink * mask).flatten())
+    sums[0] = 0
+    inner = sums.clone()
+    inner[border(labels)] = 0
+    kept = sums >= sums.max() / 10
+    if inner.max() > 0.3 * sums.max():
+        kept = inner >= inner.max() / 10
+    return kept[labels] & mask
+
+
+def label_components(mask):
+    """Returns a label for each pixel of a bool mask (H, W), int64: equal in a connected component, else 0."""
     labels = torch.arange(1.0, mask.numel() + 1).view_as(mask) * mask
     while True:
         spread = max_pool2d(labels[None, None], 3, 1, 1)[0, 0] * mask
         if torch.equal(spread, labels):
-            break
+            return labels.long()
         # Each label is the index of a pixel, so follow it to that pixel's label (pointer jumping).
         labels = spread.flatten()[(spread.long() - 1).clamp(min=0)] * mask
-    sums = torch.zeros(mask.numel() + 1).index_add_(0, labels.flatten().long(), (ink * mask).flatten())
-    sums[0] = 0
-    return (sums >= sums.max() / 10)[labels.long()] & mask
 
 
 def bounding_box(ink, margin):

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SPIN = {"GOMP_SPINCOUNT": "10000"}
+SPIN = {"GOMP_SPINCOUNT": "1000"}
 
 if sys.version_info < (3, 10):
     sys.exit("this project needs Python 3.10 or newer; this is Python {}.{}".format(*sys.version_info))
