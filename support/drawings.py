@@ -41,7 +41,7 @@ def read_drawing(source):
 
 
 def examine(source):
-    """Returns the result of `read_drawing`, and a remark if the image may not show a single digit, else ""."""
+    """Returns the result of `read_drawing`, and a remark if it may not be a single digit, else ""."""
     name = source if isinstance(source, str | Path) else "the drawing"
     picture = to_grayscale(open_image(source, name))
     for subtract in subtract_surface, subtract_closing:
@@ -250,7 +250,11 @@ def subtract_closing(gray, sign):
     `subtract_surface`, with a noise of at least 0.6 gray levels.
     """
     sign = sign or (1 if has_dark_ink(gray) else -1)
-    gray = sign * gray
+    gray = sign * gray.clone()
+    for image in gray, gray.T:  # light from one side
+        step = max(1, len(image) // 8)
+        if len(image) > step:
+            image -= (image[step:] - image[:-step]).median() / step * torch.arange(len(image))[:, None]
     smooth = avg_pool2d(gray[None, None], 3, 1, 1, count_include_pad=False)
     height, width = size = [min(55, length) for length in gray.shape]
     # Dilation, then erosion, with squares inside the image.

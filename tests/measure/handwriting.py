@@ -38,7 +38,7 @@ ONE = [[(57, 60), (62, 240)]]
 
 
 def draw(size, strokes, width, paper=255, ink=0):
-    """Returns strokes, each a list of points, with round ends on paper: mode "L", drawn four times as large."""
+    """Returns strokes, each a list of points, with round ends on paper, in mode "L"."""
     image = Image.new("L", (4 * size[0], 4 * size[1]), paper)
     pen = ImageDraw.Draw(image)
     for stroke in strokes:
