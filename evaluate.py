@@ -22,7 +22,7 @@ import torch
 from datafile import DATA_DIR, DataError, get_test_loader, normalize
 from models import MODELS
 from support import checkpoint, device, flags, page, plots, process
-from support.drawings import DrawingError, find_images, read_drawing
+from support.drawings import DrawingError, examine, find_images
 from support.metrics import accuracy, ensemble_probabilities, predict
 
 WEIGHTS = Path(__file__).resolve().parent / "models" / "weights" / "Model_3.pth"
@@ -84,9 +84,9 @@ def serve_page(models, args):
     """Serves a drawing page and classifies what is drawn on it."""
 
     def read(content):
-        digit = read_drawing(io.BytesIO(content))
-        probabilities = classify(models, digit, args.device)
-        return {"probabilities": probabilities.tolist(), "image": digit.flatten().tolist()}
+        digit, remark = examine(io.BytesIO(content))
+        probabilities = classify(models, digit, args.device).tolist()
+        return {"probabilities": probabilities, "image": digit.flatten().tolist(), "remark": remark}
 
     page.serve(read)
 
@@ -100,7 +100,7 @@ def classify_images(models, args):
         process.warn(f"Skipped files{advice}: {', '.join(path.name for path in skipped)}")
     for path in images:
         try:
-            digit = read_drawing(path)
+            digit, remark = examine(path)
         except (DrawingError, OSError) as error:
             process.warn(f"evaluate.py: error: {error}")
             failed = True
@@ -108,7 +108,8 @@ def classify_images(models, args):
         (first, second), (best, other) = (
             top.tolist() for top in classify(models, digit, args.device).topk(2)
         )
-        print(f"{path}: {best} ({100 * first:.1f} %), then {other} ({100 * second:.1f} %)")
+        answer = f"{path}: {best} ({100 * first:.1f} %), then {other} ({100 * second:.1f} %)"
+        print(answer + f"; {remark}" * bool(remark))
         titles.append(f"{best} ({100 * first:.0f} %)")
         digits.append(digit)
     if args.plot and digits:

@@ -52,6 +52,7 @@ OPTIMIZERS = {
     "radam": optim.RAdam,
     "sgd": partial(optim.SGD, momentum=0.9, nesterov=True, fused=True),
 }
+BAR = {"leave": False, "dynamic_ncols": True, "bar_format": "{desc} {n_fmt}/{total_fmt}{postfix} |{bar}|"}
 WARM_UP = 100  # linear warm-up, in steps; at most the first epoch
 
 
@@ -69,7 +70,7 @@ def train_epoch(model, average, loader, optimizer, epoch, augmented=True):
     lr = optimizer.param_groups[0]["lr"]
     losses, correct, seen = [], [], 0  # per-batch sums; kept on the device to avoid synchronization
     show_bar = workers.RANK == 0 and sys.stderr is not None and sys.stderr.isatty()
-    with tqdm(loader, f"Epoch {epoch}", leave=False, disable=not show_bar, dynamic_ncols=True) as bar:
+    with tqdm(loader, f"Epoch {epoch}", disable=not show_bar, **BAR) as bar:
         for step, (images, labels) in enumerate(bar, 1):
             if epoch == 1:
                 optimizer.param_groups[0]["lr"] = lr * min(1, step / min(WARM_UP, len(loader)))

@@ -78,7 +78,7 @@ def describe(ink):
     if digits > 1:
         return f"this looks like {digits} digits: give each its own image"
     filled = float((ink > 0.3).float().sum()) / (height * width)
-    is_spot = filled > 0.75 and width > 0.5 * height
+    is_spot = filled > 0.7 and width > 0.5 * height
     return "this may not be a digit" if is_spot or width > 2.2 * height else ""
 
 

@@ -7,6 +7,7 @@ import random
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -161,6 +162,17 @@ def test_a_state_of_an_older_pytorch_without_an_option_of_the_optimizer_is_loade
     training = new_training(state["settings"])
     training.resume(tmp_path / "older.pth", tmp_path / "best.pth")
     assert training.optimizer.param_groups[0]["decoupled_weight_decay"] is False
+
+
+def test_the_random_state_of_the_device_is_saved_and_restored(state, tmp_path):
+    """Simulated: another device than the CPU, whose generator has this state."""
+    training = new_training(state["settings"])
+    given = []
+    random = SimpleNamespace(get_rng_state=lambda: torch.arange(5).byte(), set_rng_state=given.append)
+    training.device_module = random
+    save(training.state_dict() | {"history": state["history"], "best": state["best"]}, tmp_path / "state.pth")
+    training.resume(tmp_path / "state.pth", tmp_path / "best.pth")
+    assert [list(value) for value in given] == [[0, 1, 2, 3, 4]]
 
 
 def test_the_class_is_found_by_the_weights_and_must_be_chosen_if_several_fit(tmp_path, monkeypatch):

@@ -764,13 +764,13 @@ def test_a_training_survives_its_connection_and_its_files_are_fetched_and_resume
         os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=interrupt).start()
-    assert aws("train", *FLAGS, "--epochs", 200).startswith("ec2: interrupted: a training")
+    assert aws("train", *FLAGS, "--epochs", 70).startswith("ec2: interrupted: a training")
     # A second one is not started while it runs, and fetching beside it gives whole files of one moment.
     assert aws("train", *FLAGS).endswith("nothing was started (see above)")
     for _ in range(3):
         aws("fetch")
         assert all(saved_states(FOLDER).values())
-    assert "Epoch: 200/" not in log.read_text()
+    assert "Epoch: 70/" not in log.read_text()
     wait_until(lambda: (instance / "mnist" / "status").exists(), 120)
     assert (instance / "mnist" / "status").read_text() == "0\n"
     apt = (instance / "sudo").read_text()
@@ -781,11 +781,11 @@ def test_a_training_survives_its_connection_and_its_files_are_fetched_and_resume
 
     # After the instance was taken away, another one resumes from what was fetched.
     shutil.rmtree(instance / "mnist")
-    output = aws("train", *FLAGS, "--epochs", 201, "--resume")
-    assert "Resuming from last_Model_1.pth (epoch 200)\n" in output and "Epoch: 201/201" in output
+    output = aws("train", *FLAGS, "--epochs", 71, "--resume")
+    assert "Resuming from last_Model_1.pth (epoch 70)\n" in output and "Epoch: 71/71" in output
     # What was fetched does not replace newer states.
-    output = aws("train", *FLAGS, "--epochs", 202, "--resume")
-    assert "Resuming from last_Model_1.pth (epoch 201)\n" in output
+    output = aws("train", *FLAGS, "--epochs", 72, "--resume")
+    assert "Resuming from last_Model_1.pth (epoch 71)\n" in output
     assert aws("ssh", "echo", "$(false) from there") == "0"
 
 

@@ -59,7 +59,7 @@ def test_pictures_are_read_one_by_one_and_several_models_vote(call, trained, tmp
     process = call("evaluate.py", *checkpoints, "--device", "cpu", "--images", *paths, check=False)
     assert process.returncode == 1
     lines = process.stdout.splitlines()
-    assert [re.fullmatch(r"(.*): 7 \([\d.]+ %\), then \d \([\d.]+ %\)", line)[1] for line in lines] == [
+    assert [re.fullmatch(r"(.*): 7 \([\d.]+ %\), then [^7] \([\d.]+ %\)", line)[1] for line in lines] == [
         "seven.png",
         "other.png",
     ]
@@ -71,3 +71,17 @@ def test_a_failure_is_one_line_on_standard_error_and_status_1(run):
     process = run("evaluate.py", "missing.pth", check=False)
     assert (process.returncode, process.stdout) == (1, "")
     assert process.stderr == "evaluate.py: error: missing.pth: no such file\n"
+
+
+def test_skipped_files_are_named_and_checkpoints_after_images_are_a_usage_error(call, trained, tmp_path):
+    (tmp_path / "photos" / "7").mkdir(parents=True)
+    seven().save(tmp_path / "photos" / "7" / "seven.png")
+    (tmp_path / "photos" / "IMG_1.HEIC").touch()
+    process = call("evaluate.py", trained / "best_Model_3.pth", "--device", "cpu", "--images", "photos")
+    assert process.stderr == "Skipped files (convert HEIC to JPEG): IMG_1.HEIC\n"
+    assert process.stdout.startswith("photos/7/seven.png: 7 (")
+    process = call("evaluate.py", "--images", "seven.png", "best.pth", check=False)
+    assert process.returncode == 2
+    assert "best.pth is not an image: put checkpoints before --images\n" in process.stderr
+    process = call("evaluate.py", "--draw", "--images", "seven.png", check=False)
+    assert process.returncode == 2 and "not allowed with argument" in process.stderr

@@ -19,7 +19,7 @@ from nbclient import NotebookClient
 
 import train
 from conftest import BLOCK, ONE_THREAD, ROOT, end, same, saved_states, wait_for
-from support import checkpoint, device, startup
+from support import checkpoint, device, flags, startup
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
@@ -128,7 +128,7 @@ def test_a_stream_that_cannot_encode_a_character_gets_another(run, trained, smal
     options = "--model", "Model_1", "--epochs", 1, "--runs", 2, "--data-dir", small_data, "--device", "cpu"
     assert re.search(r"mean \? sd .* \? .*\n.*\nensemble", run("train.py", *options, env=ascii_only).stdout)
     for name in "ä.png", "b.png":
-        (tmp_path / name).write_bytes((ROOT / "tests" / "pictures" / "mistakes.png").read_bytes())
+        (tmp_path / name).write_bytes((ROOT / "support" / "pictures" / "nine.png").read_bytes())
     model = trained / "best_Model_1.pth"
     output = run("evaluate.py", model, "--images", "ä.png", "b.png", env=ascii_only).stdout
     assert [line[0] for line in output.splitlines()] == ["?", "b"]
@@ -323,6 +323,43 @@ def test_threads_stop_spinning_unless_the_user_decides(
     assert dict(os.environ) == before | (startup.SPIN if changed else {})
     for name in startup.SPIN.keys() - before.keys():
         os.environ.pop(name, None)
+
+
+def test_workers_wait_for_each_other_for_days(monkeypatch):
+    options = {}
+    monkeypatch.setattr(device.workers, "WORLD_SIZE", 2)
+    monkeypatch.setattr(
+        device.workers.distributed, "init_process_group", lambda *_, **given: options.update(given)
+    )
+    monkeypatch.setattr(device.workers.distributed, "destroy_process_group", lambda: None)
+    with device.workers.process_group():
+        pass
+    assert options["timeout"].days >= 7
+
+
+def test_paths_are_expanded_as_a_shell_does(tmp_path, monkeypatch, call):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    for name in "b.pth", "a.pth", "[1].pth":
+        (tmp_path / name).touch()
+    assert flags.path("~/runs") == tmp_path / "runs" and flags.path("runs") == Path("runs")
+    assert flags.expand([Path("*.pth")]) == [Path("[1].pth"), Path("a.pth"), Path("b.pth")]
+    assert flags.expand([Path("[1].pth"), Path("missing.pth")]) == [Path("[1].pth"), Path("missing.pth")]
+    assert (
+        "No file matches this pattern: 'best_*.pth'" in call("evaluate.py", "best_*.pth", check=False).stderr
+    )
+
+
+@pytest.mark.parametrize("module", ["torch", "torchvision", "tqdm", "torchsummary"])
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_a_missing_module_is_one_sentence_with_the_command(module, script):
+    code = "import importlib.util as u, runpy, sys; find = u.find_spec; "
+    code += f"u.find_spec = lambda name, *rest: None if name == {module!r} else find(name, *rest); "
+    code += f"sys.path.insert(0, {str(ROOT)!r}); runpy.run_path({str(ROOT / script)!r}, run_name='__main__')"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 1 and ended.stderr.count("\n") == 1
+    assert ended.stderr.startswith(f"{module} is not installed for this Python: ")
+    assert f"{sys.executable} -m pip install -r requirements.txt" in ended.stderr
 
 
 def workers(number, folder, small_data, *arguments):

@@ -1,5 +1,6 @@
 import hashlib
 import re
+from pathlib import Path
 
 import onnxruntime
 import pytest
@@ -7,9 +8,11 @@ import torch
 
 import datafile
 import evaluate
-import models
 import train
 from conftest import RAW_DIR, ROOT
+from support import checkpoint
+from support.metrics import accuracy, predict
+from test_models import PARAMETERS
 
 README = (ROOT / "README.md").read_text()
 SECTIONS = dict(re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", README, re.DOTALL | re.MULTILINE))
@@ -27,30 +30,60 @@ def test_every_flag_is_in_the_table_and_no_other(capsys):
 
 
 def test_each_flag_of_evaluate_is_shown(capsys):
-    assert all(flag in SECTIONS["Use it"] for flag in flags_of(evaluate, capsys))
+    assert all(flag in SECTIONS["Use"] for flag in flags_of(evaluate, capsys))
 
 
-@pytest.mark.parametrize("name", train.RECIPES)
+@pytest.mark.parametrize("name", PARAMETERS)
 def test_the_results_table_has_the_models_parameters_and_epochs(name):
-    parameters = sum(p.numel() for p in getattr(models, name)().parameters())
-    assert f"| `{name}` | {parameters:,} | {train.RECIPES[name].epochs} |" in README
+    assert f"| `{name}` | {PARAMETERS[name]:,} | {train.RECIPES[name].epochs} |" in README
 
 
-def test_the_lines_that_use_and_export_a_saved_model_work(tmp_path, monkeypatch, mnist):
-    monkeypatch.chdir(tmp_path)
-    torch.save(models.Model_3().state_dict(), "best_Model_3.pth")
-    load, export = re.findall(r"```python\n(.*?)```", SECTIONS["Use it"], re.DOTALL)
-    images = mnist[2].dataset.tensors[0][:1_000]
-    names = {"images": images}
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_the_trained_weights_have_the_test_accuracy_in_the_table(name, mnist):
+    model = checkpoint.load(ROOT / "models" / "weights" / f"{name}.pth", name)
+    test_accuracy = accuracy(*predict(model, mnist.test))
+    assert re.search(
+        rf"^\| `{name}.pth` \| \d \| .* \| {100 * test_accuracy:.2f} % \|$", README, re.MULTILINE
+    )
+
+
+def test_the_trained_weights_are_evaluated_without_arguments(call):
+    output = call("evaluate.py", "--device", "cpu").stdout
+    assert "models/weights/Model_3.pth: Model_3, 4,506 parameters\nTest Accuracy: 99.54%" in output
+
+
+def test_the_lines_that_read_an_image_and_export_a_model_work(tmp_path, monkeypatch):
+    load, export = re.findall(r"```python\n(.*?)```", SECTIONS["Use"], re.DOTALL)
+    monkeypatch.chdir(ROOT)
+    names = {}
     exec(load, names)
-    assert names["digits"].shape == (1_000,) and names["digits"].dtype == torch.int64
+    assert names["digit"].tolist() == [7]
 
+    (tmp_path / "export").mkdir()
+    monkeypatch.chdir(tmp_path / "export")
     exec(export, names)
-    session = onnxruntime.InferenceSession("mnist.onnx")
+    assert [path.name for path in Path().iterdir()] == [
+        "mnist.onnx"
+    ]  # one file, loaded from another directory
+    session = onnxruntime.InferenceSession(Path("mnist.onnx").rename(tmp_path / "copy.onnx"))
+    images = torch.rand(5, 1, 28, 28)
     for batch in images[:1], images:
-        (logits,) = session.run(None, {session.get_inputs()[0].name: batch.numpy()})
+        (logits,) = session.run(["logits"], {"images": batch.numpy()})
         expected = names["model"](batch).detach()
         torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_the_images_of_the_page_are_read_and_the_history_is_where_it_says(call, fit, tmp_path, monkeypatch):
+    (line,) = re.findall(r"^python evaluate.py --images (.*)$", README, re.MULTILINE)
+    output = call(
+        "evaluate.py", "--device", "cpu", "--images", *(ROOT / path for path in line.split())
+    ).stdout
+    assert re.findall(r": (\d) \(", output) == ["7", "9"]
+    fit("--epochs", 2)
+    (block,) = re.findall(r"```python\n(.*?)```", SECTIONS["Train"], re.DOTALL)
+    names = {}
+    exec(block, names)
+    assert [set(epoch) for epoch in names["history"]] == [set(checkpoint.TrainingState.METRICS)] * 2
 
 
 def test_checksums_are_those_of_the_files():

@@ -3,6 +3,7 @@ import copy
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import termios
@@ -12,6 +13,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
+from tqdm import tqdm
 
 import datafile
 import models
@@ -25,7 +27,7 @@ from support.augmentation import augment
 def test_a_small_run_prints_learns_and_saves_a_plain_state_dict(name, fit, tmp_path):
     output = fit("--model", name, "--epochs", 3).stdout
     before, *_ = output.split("Epoch: 1/3")
-    lr = {"Model_1": "0.01", "Model_2": "0.005", "Model_3": "0.01"}[name]
+    lr = train.RECIPES[name].lr["adam"]
     settings = f"seed 0, folds none, optimizer adam, batch_size 128, augment True, lr {lr}"
     versions = f"PyTorch {torch.__version__}, {torch.get_num_threads()} CPU threads"
     assert "Trainable params" in before and f"{name} on cpu, {settings}\n{versions}\n" in before
@@ -371,3 +373,97 @@ def test_an_older_python_is_named_in_one_sentence():
         process = subprocess.run(command, capture_output=True, text=True)
         assert process.returncode == 1
         assert process.stderr == "this project needs Python 3.10 or newer; this is Python 3.9\n"
+
+
+def test_recipes_and_optimizers_are_those_described():
+    rates = {
+        name: (recipe.epochs, recipe.lr["adam"], recipe.lr["sgd"]) for name, recipe in train.RECIPES.items()
+    }
+    assert rates["Model_1"] == (2, 0.01, 0.03) and rates["Model_2"] == (12, 0.005, 0.03)
+    assert rates["Model_3"] == (15, 0.01, 0.1)
+    (group,) = train.OPTIMIZERS["sgd"](models.Model_1().parameters(), lr=0.1).param_groups
+    assert group["momentum"] == 0.9 and group["nesterov"] is True
+    assert [layer.p for layer in models.Model_3() if isinstance(layer, torch.nn.Dropout)] == [0.1]
+
+
+def test_an_epoch_records_the_mean_validation_loss_and_steps_the_scheduler_by_the_accuracy(
+    small_data, monkeypatch
+):
+    args = train.parse_args(["--model", "Model_1", "--device", "cpu", "--data-dir", str(small_data)])
+    args.device = torch.device("cpu")
+    loaders = datafile.get_loaders(data_dir=small_data)
+    state = train.create_training_state("Model_1", args, 0, None, loaders)
+    stepped = []
+    monkeypatch.setattr(state.scheduler, "step", stepped.append)
+    train.run_epoch(state, loaders, augmented=True)
+    images, labels = loaders.validation.dataset.tensors
+    with torch.no_grad():
+        logits = state.average.eval()(images)
+    (metrics,) = state.history
+    assert metrics["validation_loss"] == pytest.approx(cross_entropy(logits, labels).item(), rel=1e-4)
+    correct = (logits.argmax(1) == labels).float().mean().item()
+    assert metrics["validation_accuracy"] == pytest.approx(correct) and stepped == [
+        metrics["validation_accuracy"]
+    ]
+
+
+def test_the_weights_do_not_depend_on_whether_the_table_is_printed(fit, tmp_path, monkeypatch):
+    fit("--epochs", 1, "--output-dir", "with")
+    monkeypatch.setattr(train, "summary", lambda *arguments, **options: None)
+    fit("--epochs", 1, "--output-dir", "without")
+    first, second = (saved_states(tmp_path / folder)["best_Model_3.pth"] for folder in ("with", "without"))
+    assert same(first, second)
+
+
+def test_the_table_of_layers_is_printed_once_for_all_runs(fit):
+    output = fit("--model", "Model_1", "--epochs", 1, "--runs", 2).stdout
+    assert output.count("Trainable params") == 1 and output.count("Epoch: 1/1") == 2
+
+
+def test_a_narrow_terminal_shows_loss_and_accuracy(small_data, tmp_path, monkeypatch):
+    bars = []
+    monkeypatch.setattr(
+        train, "tqdm", lambda *arguments, **options: bars.append(options) or tqdm(*arguments, disable=True)
+    )
+    args = train.parse_args(["--model", "Model_1", "--epochs", "1", "--data-dir", str(small_data)])
+    args.device, args.output_dir = torch.device("cpu"), tmp_path
+    train.train("Model_1", args, 0)
+    assert bars[0]["dynamic_ncols"] is True
+    text = tqdm.format_meter(
+        200,
+        430,
+        3.0,
+        ncols=40,
+        prefix="Epoch 12",
+        postfix="loss 0.293, 92.11%",
+        **{"bar_format": bars[0]["bar_format"]},
+    )
+    assert "loss 0.293, 92.11%" in text and len(text) <= 40
+
+
+def test_resuming_with_another_data_set_is_refused(fit, small_data, tmp_path):
+    fit("--model", "Model_1", "--epochs", 1)
+    other = shutil.copytree(small_data, tmp_path / "other")
+    path = other / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    content = bytearray(path.read_bytes())
+    content[20] ^= 255
+    path.write_bytes(content)
+    process = fit("--model", "Model_1", "--epochs", 2, "--resume", "--data-dir", other, check=False)
+    assert process.returncode == 1 and "was saved with --data-dir <SHA-256 " in process.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, sentence",
+    [
+        (["--lr", "-1"], "argument --lr: must be greater than 0, not -1"),
+        (["--epochs", "0"], "argument --epochs: must be between 1 and 1,000,000, not 0"),
+        (
+            ["--device", "gpu"],
+            "argument --device: device 'gpu' is not available: use cpu, cuda, cuda:1, mps, ...",
+        ),
+        (["--output-dir", "a_file"], "a_file is not a directory"),
+    ],
+)
+def test_a_mistake_says_what_to_type(arguments, sentence, call, tmp_path):
+    (tmp_path / "a_file").touch()
+    assert call("train.py", *arguments, check=False).stderr.splitlines()[-1] == f"train.py: error: {sentence}"

@@ -21,9 +21,8 @@ from pathlib import Path
 
 import torch
 import torchvision
-from torch import distributed, nn
+from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets, transforms
@@ -80,15 +79,8 @@ def loader_against_standard():
     return f"{ratio * len(loader.dataset) / len(standard.dataset):.0f} x"
 
 
-def loader_against_bare_loop():
-    """2: images/s of train_loader over those of a bare loop that indexes the tensor"""
-    loader = datafile.get_loaders()[0]
-    bare = lambda: read(bare_batches(*loader.dataset.tensors))  # noqa: E731
-    return f"{median_ratio(bare, lambda: read(loader), rounds=9):.2f} x"
-
-
 def epoch_against_bare_loop():
-    """3: time of an epoch of train.py over that of a bare loop of the same arithmetic"""
+    """2: time of an epoch of train.py over that of a bare loop of the same arithmetic"""
     loader = datafile.get_loaders(device=DEVICE)[0]
     model = models.Model_3().to(DEVICE)
     average = copy.deepcopy(model)
@@ -110,7 +102,7 @@ def epoch_against_bare_loop():
 
 
 def step_against_peak():
-    """4: FLOP/s of Model_3's training step over those of a 2,048 x 2,048 float32 matrix product"""
+    """3: FLOP/s of Model_3's training step over those of a 2,048 x 2,048 float32 matrix product"""
     images, labels = next(iter(datafile.get_loaders(device=DEVICE)[0]))
     model = models.Model_3().to(DEVICE)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
@@ -161,7 +153,7 @@ IMPORTS = "-c", "import torch, torchvision"
 
 
 def start_against_imports():
-    """5: time of `train.py --help` and time to the first training step, over `import torch, torchvision`"""
+    """4: time of `train.py --help` and time to the first training step, over `import torch, torchvision`"""
     to_first_step = f"""
 import os, sys
 sys.path.insert(0, {str(ROOT)!r})
@@ -176,7 +168,7 @@ train.main()
 
 
 def memory_against_imports():
-    """6: peak memory of a run of Model_3 over that of `import torch, torchvision`"""
+    """5: peak memory of a run of Model_3 over that of `import torch, torchvision`"""
     run = peak_memory(ROOT / "train.py", "--epochs", 1)
     return f"+ {(run - peak_memory(*IMPORTS)) / 1e6:.0f} MB"
 
@@ -226,7 +218,7 @@ def standard_seconds_to_99_percent():
 
 
 def time_to_99_percent():
-    """7: time until 99 % validation, Model_3, over that of pytorch/examples `mnist`; over fast_recipe.py's"""
+    """6: time until 99 % validation, Model_3, over that of pytorch/examples `mnist`; over fast_recipe.py's"""
     before = [seconds_to_99_percent(seed) for seed in range(3)]
     theirs = standard_seconds_to_99_percent()
     fast = statistics.median(timed(lambda: python(ROOT / "tests/measure/fast_recipe.py")) for _ in range(3))
@@ -237,74 +229,8 @@ def time_to_99_percent():
 ONE_EPOCH = ROOT / "train.py", "--epochs", 1
 
 
-def two_at_once():
-    """8: two runs at once, one thread each, over the two one after the other with two threads"""
-
-    def together():
-        with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
-            runs = [start(*ONE_EPOCH, folder=folder, threads=1) for folder in (one, two)]
-            assert not any(run.wait() for run in runs)
-
-    def one_after_the_other():
-        for _ in range(2):
-            python(*ONE_EPOCH, threads=2)
-
-    return f"{median_ratio(together, one_after_the_other, rounds=5):.2f} x"
-
-
-def time_steps(images, model):
-    """The median time of a training step of this model on these images, of 100."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=True)
-    labels = torch.arange(len(images)) % 10
-
-    def step():
-        loss = cross_entropy(model(images), labels)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return statistics.median(step_time for [step_time] in rounds_of_seconds(step, rounds=100))
-
-
-def half_a_batch(rank, folder):
-    """Times the training steps of one of two workers that share each batch."""
-    torch.set_num_threads(1)
-    device.keep_freed_memory()
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    seconds = time_steps(torch.rand(64, 1, 28, 28), DistributedDataParallel(models.Model_3()))
-    if rank == 0:
-        Path(folder, "seconds").write_text(str(seconds))
-    distributed.destroy_process_group()
-
-
-def shared_batch():
-    """9: a training step on 128 images by two workers, with `DistributedDataParallel`, over that of one"""
-    ratios = []
-    for _ in range(3):
-        with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(half_a_batch, (folder,), nprocs=2)
-            ours = float(Path(folder, "seconds").read_text())
-        torch.set_num_threads(2)
-        ratios.append(ours / time_steps(torch.rand(128, 1, 28, 28), models.Model_3()))
-    return f"{statistics.median(ratios):.2f} x"
-
-
-def optimizers_to_99_percent():
-    """10: time until a validation accuracy of 99 %, Model_3, seeds 0 to 2, with each optimiser"""
-    times = {name: [seconds_to_99_percent(seed, name) for seed in range(3)] for name in train.OPTIMIZERS}
-    return ", ".join(f"{name} {statistics.mean(seconds):.0f} s" for name, seconds in times.items())
-
-
-def workers_against_one():
-    """11: `torchrun --nproc-per-node=2 train.py --runs 2` over `python train.py --runs 2`, an epoch each"""
-    torchrun = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"
-    ours = lambda: python(*torchrun, *ONE_EPOCH, "--runs", 2)  # noqa: E731
-    theirs = lambda: python(*ONE_EPOCH, "--runs", 2, threads=2)  # noqa: E731
-    return f"{median_ratio(ours, theirs, rounds=5):.2f} x"
-
-
 def two_with_nothing_set():
-    """12: each of two runs at once, with nothing set in the environment, over one alone"""
+    """7: each of two runs at once, with nothing set in the environment, over one alone"""
 
     def together():
         with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
@@ -315,7 +241,7 @@ def two_with_nothing_set():
 
 
 def beside_a_busy_process():
-    """13: a run beside a process that never waits, over one alone"""
+    """8: a run beside a process that never waits, over one alone"""
 
     def beside():
         with tempfile.TemporaryDirectory() as folder:
@@ -331,16 +257,11 @@ def beside_a_busy_process():
 
 ROWS = [
     loader_against_standard,
-    loader_against_bare_loop,
     epoch_against_bare_loop,
     step_against_peak,
     start_against_imports,
     memory_against_imports,
     time_to_99_percent,
-    two_at_once,
-    shared_batch,
-    optimizers_to_99_percent,
-    workers_against_one,
     two_with_nothing_set,
     beside_a_busy_process,
 ]
