@@ -259,7 +259,10 @@ def subtract_closing(gray, sign):
     height, width = size = [min(55, length) for length in gray.shape]
     # Dilation, then erosion, with squares inside the image.
     lightest = pad(max_pool2d(smooth, size, 1), (width - 1,) * 2 + (height - 1,) * 2, value=torch.inf)
-    difference = -max_pool2d(-lightest, size, 1)[0, 0] - gray
+    closed = -max_pool2d(-lightest, size, 1)[0, 0]
+    difference = closed - gray
+    if sign > 0:  # ink in a shadow is darker in proportion
+        difference = difference * closed.max() / closed.clamp(min=32)
     noise = 1.5 * (gray - smooth[0, 0]).abs().median()
     return (difference - difference.quantile(0.1)).clamp(min=0), max(noise, 0.6), sign
 
@@ -335,14 +338,20 @@ def large_components(mask, ink):
 
 
 def label_components(mask):
-    """Returns a label for each pixel of a bool mask (H, W), int64: equal in a connected component, else 0."""
-    labels = torch.arange(1.0, mask.numel() + 1).view_as(mask) * mask
+    """Returns a label for each pixel of a bool mask (H, W), int64: equal in a connected component, else 0.
+
+    Components less than two pixels apart may be joined: the labels are found at half the resolution.
+    """
+    small = max_pool2d(mask.float()[None, None], 2, ceil_mode=True)[0, 0]
+    labels = torch.arange(1.0, small.numel() + 1).view_as(small) * small
     while True:
-        spread = max_pool2d(labels[None, None], 3, 1, 1)[0, 0] * mask
+        spread = max_pool2d(labels[None, None], 3, 1, 1)[0, 0] * small
         if torch.equal(spread, labels):
-            return labels.long()
+            break
         # Each label is the index of a pixel, so follow it to that pixel's label (pointer jumping).
-        labels = spread.flatten()[(spread.long() - 1).clamp(min=0)] * mask
+        labels = spread.flatten()[(spread.long() - 1).clamp(min=0)] * small
+    height, width = mask.shape
+    return labels.long().repeat_interleave(2, 0).repeat_interleave(2, 1)[:height, :width] * mask
 
 
 def bounding_box(ink, margin):

@@ -358,6 +358,12 @@ def test_the_end_is_moved_by_up_and_shown_by_status(aws):
         assert aws("up", "--hours", hours) == "2"
 
 
+def test_an_end_that_could_not_be_set_is_an_error(aws):
+    failed = subprocess.CompletedProcess([], 1, b"", b"no shutdown")
+    aws.ssh = lambda command, **options: failed
+    assert aws("up").startswith("ec2: error: the end of the instance could not be set (b'no shutdown')")
+
+
 def test_a_key_is_never_overwritten_and_that_of_another_computer_is_named(aws):
     aws("up")
     key = (aws.folder / "key").read_bytes()

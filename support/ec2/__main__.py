@@ -207,20 +207,20 @@ def up(args):
             raise Problem(f"{stack} is stopped: start it in the AWS console, or `down`")
         if values["Address"] != network:
             update(stack, values, network)
+    command = "cloud-init status --wait; sudo shutdown -h"
     for attempt in range(60):
         try:
             instance = stack.running()[1]
-            ssh(
-                args,
-                instance,
-                f"cloud-init status --wait; sudo shutdown -h +{60 * args.hours}",
-                capture_output=True,
-            )
+            ended = ssh(args, instance, f"{command} +{60 * args.hours}", capture_output=True)
             break
         except Problem:
             if attempt == 59 or not stack.instance(stack.describe()):
                 raise
             time.sleep(10)
+    if ended.returncode:
+        raise Problem(
+            f"the end of the instance could not be set ({ended.stderr!r}): `down` when you are done"
+        )
     ends = datetime.now(timezone.utc) + timedelta(hours=args.hours)
     tag = {"Key": "ends", "Value": ends.isoformat(timespec="minutes")}
     stack.ec2.create_tags(Resources=[instance["InstanceId"]], Tags=[tag])
@@ -230,9 +230,11 @@ def up(args):
 def ssh(args, instance, *command, **options):
     """Runs a command on the instance. Raises Problem if the connection fails."""
     settings = (
-        "IdentitiesOnly=yes UserKnownHostsFile=known_hosts StrictHostKeyChecking=accept-new LogLevel=ERROR"
+        "BatchMode=yes IdentitiesOnly=yes UserKnownHostsFile=known_hosts LogLevel=ERROR ConnectTimeout=20 "
     )
-    settings += f" ServerAliveInterval=30 ConnectTimeout=20 HostKeyAlias={instance['InstanceId']}"
+    settings += (
+        f"StrictHostKeyChecking=accept-new ServerAliveInterval=30 HostKeyAlias={instance['InstanceId']}"
+    )
     flags = [part for setting in settings.split() for part in ("-o", setting)]
     command = ["ssh", "-F", "none", "-i", "key", *flags, f"ubuntu@{instance['PublicIpAddress']}", *command]
     ended = subprocess.run(command, cwd=args.folder, **options)  # so that no path has to be quoted
