@@ -1,4 +1,6 @@
+import contextlib
 import io
+import random
 import struct
 import warnings
 import zlib
@@ -7,7 +9,7 @@ import fonts
 import handwriting
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageDraw, PngImagePlugin
 from PIL.TiffImagePlugin import IFDRational
 
 import datafile
@@ -197,6 +199,17 @@ def test_at_most_one_in_500_digits_of_mnist_is_taken_for_none(mnist):
     images = datafile.read_split(RAW_DIR, "train")[0][:1_000, None].float() / 255
     large = torch.nn.functional.interpolate(images, scale_factor=4, mode="bilinear")
     assert sum(bool(drawings.describe(image[0])) for image in large) <= 2
+
+
+def test_an_image_of_any_size_is_read_or_is_an_error_of_ours():
+    generator = random.Random(0)
+    for _ in range(150):
+        size = generator.choice([1, 2, 3, 5, 11, 40]), generator.choice([1, 2, 4, 7, 28, 300])
+        image = Image.new("L", size, generator.randint(0, 255))
+        points = [(generator.randint(0, size[0]), generator.randint(0, size[1])) for _ in range(3)]
+        ImageDraw.Draw(image).line(points, fill=generator.randint(0, 255), width=1 + min(size) // 3)
+        with contextlib.suppress(drawings.DrawingError):
+            assert drawings.read_drawing(image).max() == 255
 
 
 def test_images_are_found_in_directories_by_extension(tmp_path):

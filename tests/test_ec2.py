@@ -748,7 +748,7 @@ def instance(request, aws, tmp_path, monkeypatch, small_data):
     pause = threading.Event()
     monkeypatch.setattr(ec2.time, "sleep", lambda seconds: pause.wait(0.2))
     clone = tmp_path / "clone"
-    left_out = shutil.ignore_patterns(".git", "*.pth", "__pycache__", "MNIST", "tests")
+    left_out = shutil.ignore_patterns(".git", ".venv", "*.pth", "__pycache__", "MNIST", "tests")
     shutil.copytree(ROOT, clone, ignore=left_out)
     shutil.copytree(small_data / "MNIST", clone / "data" / "MNIST")
     monkeypatch.setattr(ec2, "PROJECT", clone)

@@ -57,7 +57,7 @@ class Model_4(nn.Module):
 def test_a_model_is_added_by_a_file_an_import_and_a_recipe(small_data, tmp_path):
     copy = tmp_path / "project"
     shutil.copytree(
-        ROOT, copy, ignore=shutil.ignore_patterns(".git", "data", "tests", "*.pth", "__pycache__")
+        ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv", "data", "tests", "*.pth", "__pycache__")
     )
     (copy / "models" / "model_4.py").write_text(MODEL_4)
     with (copy / "models" / "__init__.py").open("a") as file:

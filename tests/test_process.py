@@ -1,7 +1,6 @@
 """Signals, streams, directories, devices and workers in unexpected states."""
 
 import errno
-import fcntl
 import importlib
 import os
 import random
@@ -20,6 +19,8 @@ from nbclient import NotebookClient
 import train
 from conftest import BLOCK, ONE_THREAD, ROOT, end, same, saved_states, wait_for
 from support import checkpoint, device, flags, startup
+
+fcntl = pytest.importorskip("fcntl", reason="signals, locks and shells as on Linux and macOS")
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])

@@ -1,12 +1,10 @@
 import contextlib
 import copy
 import os
-import pty
 import re
 import shutil
 import subprocess
 import sys
-import termios
 import threading
 
 import pytest
@@ -128,6 +126,7 @@ def test_no_augment_trains_on_the_images_as_they_are(fit, tmp_path, monkeypatch)
 
 
 def test_a_bar_is_drawn_on_a_terminal_and_nowhere_else(small_data, tmp_path):
+    pty, termios = (pytest.importorskip(name, reason="Windows has none") for name in ("pty", "termios"))
     options = ["--model", "Model_1", "--epochs", "1", "--data-dir", str(small_data), "--device", "cpu"]
     terminal, its_end = pty.openpty()
     termios.tcsetwinsize(its_end, (24, 80))
