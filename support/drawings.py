@@ -55,9 +55,9 @@ def examine(source):
     # A second, closer look at the part that contains the digit.
     scale = (ink.shape[1] + 2 * inset) / picture.width
     top, left, bottom, right = box = bounding_box(ink, margin=4)
-    y0, x0 = (int((edge + inset) / scale) for edge in box[:2])
-    y1, x1 = (math.ceil((edge + inset) / scale) for edge in box[2:])
-    crop = picture.crop((x0, y0, min(x1, picture.width), min(y1, picture.height)))
+    y0, x0, y1, x1 = (round((edge + inset) / scale) for edge in box)
+    x0, y0 = min(x0, picture.width - 1), min(y0, picture.height - 1)  # at least one pixel is left
+    crop = picture.crop((x0, y0, max(x0 + 1, min(x1, picture.width)), max(y0 + 1, min(y1, picture.height))))
     closer, *_ = find_ink(crop, subtract, sign)
     if closer is not None and (lines.any() or subtract is subtract_closing):
         near = max_pool2d(ink[None, None, top:bottom, left:right], 9, 1, 4)
