@@ -270,7 +270,7 @@ def get_loaders(
     return Loaders(
         DataLoader(training_set, sampler=shuffled, batch_size=None),
         make_loader(images[validation], labels[validation], device),
-        get_test_loader(device, data_dir),
+        make_loader(*read_split(raw_dir, "t10k"), device),
         generator,
         digest.hexdigest(),
     )

@@ -105,9 +105,8 @@ def classify_images(models, args):
             process.warn(f"evaluate.py: error: {error}")
             failed = True
             continue
-        (first, second), (best, other) = (
-            top.tolist() for top in classify(models, digit, args.device).topk(2)
-        )
+        top = classify(models, digit, args.device).topk(2)
+        (first, second), (best, other) = top.values.tolist(), top.indices.tolist()
         answer = f"{path}: {best} ({100 * first:.1f} %), then {other} ({100 * second:.1f} %)"
         print(answer + f"; {remark}" * bool(remark))
         titles.append(f"{best} ({100 * first:.0f} %)")

@@ -186,7 +186,7 @@ def train(name, args, seed, fold=None):
     else:
         if args.resume:
             print(f"{last_path}: no such file, starting from the beginning")
-        state.start(last_path, best_path)
+        checkpoint.back_up(last_path, best_path)  # so that this run overwrites only its own files
     device.keep_freed_memory()
     while not state.is_finished(epochs, args.early_stopping):
         run_epoch(state, loaders, args.augment)

@@ -9,6 +9,7 @@ import itertools
 import os
 import time
 import zipfile
+from pathlib import Path
 
 import torch
 
@@ -22,9 +23,9 @@ class CheckpointError(ValueError):
     """A file cannot be written, or is not a valid checkpoint."""
 
 
-def back_up(path):
-    """Renames an existing file to the next free `<stem>.<n><suffix>`, and prints the new name."""
-    if path.exists():
+def back_up(*paths):
+    """Renames existing files to the next free `<stem>.<n><suffix>`, and prints the new names."""
+    for path in filter(Path.exists, paths):
         names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
         free = next(name for name in names if not name.exists())
         path.rename(free)
@@ -195,23 +196,14 @@ class TrainingState:
         if "device" in state["random"] and hasattr(self.device_module, "set_rng_state"):
             self.device_module.set_rng_state(state["random"]["device"])
 
-    def start(self, last_path, best_path):
-        """Renames existing files, so that this run overwrites only its own."""
-        back_up(last_path)
-        back_up(best_path)
-
     def save(self, last_path, best_path):
         """Writes the state, then the best weights if they have changed.
 
         If the run is killed in between, the best file is out of date; `resume` replaces it.
         """
         best, state = serialize(self.best), self.state_dict()
-        file = {
-            "version": VERSION,
-            "pytorch": str(torch.__version__),
-            "digest": digest(state),
-            "state": state,
-        }
+        file = {"version": VERSION, "pytorch": str(torch.__version__), "digest": digest(state)}
+        file["state"] = state
         write(serialize(file), last_path)
         if digest(best) != self.best_digest:
             write(best, best_path)

@@ -139,7 +139,7 @@ def open_image(source, name):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's, about metadata and size
             image = source.copy() if isinstance(source, Image.Image) else Image.open(source)
-            image.draft(None, scaled_size(image, MAX_AREA))  # decodes a JPEG at a fraction of its size
+            image.draft(None, scaled_size(image))  # decodes a JPEG at a fraction of its size
             if math.prod(image.size) > Image.MAX_IMAGE_PIXELS:
                 raise Image.DecompressionBombError
             image.load()
@@ -150,7 +150,7 @@ def open_image(source, name):
                 scale = 255 / max(high - low, 1e-9)
                 image = image.point(lambda value: value * scale - low * scale).convert("L")
             image = image.convert("RGBA")
-            image.thumbnail(scaled_size(image, MAX_AREA))
+            image.thumbnail(scaled_size(image))
     except Image.DecompressionBombError as error:
         raise DrawingError(f"{name} is too large: it has over {Image.MAX_IMAGE_PIXELS:,} pixels") from error
     except MemoryError:
@@ -162,9 +162,9 @@ def open_image(source, name):
     return image.transpose(TRANSPOSE[orientation]) if orientation in TRANSPOSE else image
 
 
-def scaled_size(image, area):
-    """Returns the width and height of an image, scaled down to this area in pixels if it is larger."""
-    scale = min(1, math.sqrt(area / math.prod(image.size)))
+def scaled_size(image):
+    """Returns the width and height of an image, scaled down to `MAX_AREA` if it is larger."""
+    scale = min(1, math.sqrt(MAX_AREA / math.prod(image.size)))
     return [max(1, math.ceil(scale * side)) for side in image.size]
 
 
@@ -197,7 +197,8 @@ def find_ink(picture, subtract, sign=None, side=128):
     Args:
         picture: a grayscale `PIL.Image`.
         subtract: `subtract_surface` or `subtract_closing`.
-        sign: 1 if the ink is darker than the background, -1 if it is lighter; by default, it is found out.
+        sign: 1 if the ink is darker than the background, -1 if it is lighter; by default, and always with
+            `subtract_surface`, it is found out.
         side: the result has about `side` x `side` pixels.
 
     Returns:
@@ -215,7 +216,8 @@ def find_ink(picture, subtract, sign=None, side=128):
         return None, sign, inset
     low = max(0.2 * full, min(2 * noise, 0.5 * full))
     ink = ((difference - low) / (full - low)).clamp(0, 1)
-    return ink * large_components(ink > 0.3, ink), sign, inset
+    # Closing takes shadows at an edge for ink; a surface does not, and a digit may run off the image.
+    return ink * large_components(ink > 0.3, ink, subtract is subtract_closing), sign, inset
 
 
 def subtract_surface(gray, _):
@@ -223,7 +225,7 @@ def subtract_surface(gray, _):
 
     Returns:
         The absolute difference of ink, 0 where the difference has the other sign; the scale of the noise, at
-        least 2 gray levels; and the sign of the ink, by default that of the larger differences.
+        least 2 gray levels; and the sign of the ink, that of the larger differences.
     """
     height, width = gray.shape
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
@@ -322,20 +324,19 @@ def otsu_threshold(values):
     return values[between.argmax()]
 
 
-def large_components(mask, ink):
+def large_components(mask, ink, inner):
     """Keeps the connected components of a bool mask (H, W) with at least a tenth of the largest one's ink.
 
-    Those that touch an edge are removed if another one has at least 0.3 of the largest one's ink.
+    With `inner`, those that touch an edge are removed if another one has 0.3 of the largest one's ink.
     """
     labels = label_components(mask)
     sums = torch.zeros(mask.numel() + 1).index_add_(0, labels.flatten(), (ink * mask).flatten())
     sums[0] = 0
-    inner = sums.clone()
-    inner[border(labels)] = 0
-    kept = sums >= sums.max() / 10
-    if inner.max() > 0.3 * sums.max():
-        kept = inner >= inner.max() / 10
-    return kept[labels] & mask
+    inside = sums.clone()
+    inside[border(labels)] = 0
+    if inner and inside.max() > 0.3 * sums.max():
+        sums = inside
+    return (sums >= sums.max() / 10)[labels] & mask
 
 
 def label_components(mask):

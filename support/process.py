@@ -41,18 +41,18 @@ def exit_on_error(*kinds, memory_advice="choose another --device"):
     try:
         yield
         return
-    except BrokenPipeError:
-        # Replaced, so that the interpreter can flush it at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        message = "standard output was closed"
     except (RunError, OSError, *kinds) as error:
-        message = str(error)
+        message = "standard output was closed" if isinstance(error, BrokenPipeError) else str(error)
     except (MemoryError, RuntimeError) as error:
         # PyTorch has an exception type for CUDA only; on the CPU, its allocator is named in the message.
         is_known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
         if not is_known and "DefaultCPUAllocator" not in str(error):
             raise
         message = f"out of memory: {memory_advice}"
+    try:
+        print(end="", flush=True)
+    except OSError:  # standard output is replaced, so that the interpreter can flush it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(f"{Path(sys.argv[0]).name}: error: {message}" + f" ({saved})" * bool(saved))
 
 
@@ -71,18 +71,16 @@ def exit_on_signals():
     main thread, in which Python allows no handlers, nothing changes.
     """
     global saved
-    saved, previous = "", {}
+    in_main_thread, previous = threading.current_thread() is threading.main_thread(), {}
 
     def stop(number, frame):
         for each in previous:
             signal.signal(each, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the message
         raise Stopped(number)
 
-    for name in (
-        ("SIGINT", "SIGTERM", "SIGHUP") if threading.current_thread() is threading.main_thread() else ()
-    ):
+    for name in "SIGINT", "SIGTERM", "SIGHUP":
         number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) not in (signal.SIG_IGN, None):
+        if in_main_thread and number and signal.getsignal(number) not in (signal.SIG_IGN, None):
             previous[number] = signal.signal(number, stop)
     try:
         yield
@@ -93,6 +91,7 @@ def exit_on_signals():
         warn(f"{reason}: {advice}")
         sys.exit(128 + number)
     finally:
+        saved = ""  # a notebook may run another script next
         for number, handler in previous.items():
             signal.signal(number, handler)
 

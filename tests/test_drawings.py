@@ -201,6 +201,12 @@ def test_at_most_one_in_500_digits_of_mnist_is_taken_for_none(mnist):
     assert sum(bool(drawings.describe(image[0])) for image in large) <= 2
 
 
+def test_a_stroke_that_runs_off_the_image_is_kept():
+    four = [[(60, 30), (50, 110), (120, 110)], [(145, 40), (145, 199)]]  # two strokes apart, one to the edge
+    image = drawings.read_drawing(handwriting.draw((200, 200), four, 10)).float() / 255
+    assert image[:, image.sum(0).nonzero()[-2:]].sum() > 10  # the stem, on the right
+
+
 def test_an_image_of_any_size_is_read_or_is_an_error_of_ours():
     generator = random.Random(0)
     for _ in range(150):

@@ -838,5 +838,5 @@ def test_a_gpu_that_pytorch_cannot_use_is_named_before_training(aws, instance):
 
 
 def test_fetching_before_a_training_is_one_sentence(aws, instance):
-    assert aws("fetch").startswith("ec2: error: ")
+    assert aws("fetch") == "ec2: error: there is nothing to fetch yet"
     assert not FOLDER.exists()

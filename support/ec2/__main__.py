@@ -237,6 +237,8 @@ def ssh(args, instance, *command, **options):
     )
     flags = [part for setting in settings.split() for part in ("-o", setting)]
     command = ["ssh", "-F", "none", "-i", "key", *flags, f"ubuntu@{instance['PublicIpAddress']}", *command]
+    if "input" not in options:
+        options = {"stdin": subprocess.DEVNULL} | options  # ssh would read that of a script around it
     ended = subprocess.run(command, cwd=args.folder, **options)  # so that no path has to be quoted
     if ended.returncode == 255:
         raise Problem("the connection failed: `up` again if your address has changed, or look at `status`")
@@ -304,9 +306,11 @@ def train(args):
 def fetch(args):
     """Downloads models, training states, plots and the log, each as of one moment, with checksums."""
     _, instance = Stack(args).running()
-    content = ssh(args, instance, "bash mnist/train.sh pack", stdout=subprocess.PIPE).stdout
+    packed = ssh(args, instance, "bash mnist/train.sh pack", capture_output=True)
+    if packed.returncode:
+        raise Problem("there is nothing to fetch yet")
     files = {}
-    with tarfile.open(fileobj=io.BytesIO(content)) as tar:
+    with tarfile.open(fileobj=io.BytesIO(packed.stdout)) as tar:
         for entry in tar:
             if not (entry.isfile() and FETCHED.fullmatch(entry.name)):
                 raise Problem(f"the instance sent {entry.name!r}, which is not a file of a training")
@@ -339,7 +343,7 @@ def down(args, region=None):
 def log_in(args):
     """Opens a terminal on the instance, or runs a command there."""
     _, instance = Stack(args).running()
-    sys.exit(ssh(args, instance, *map(shlex.quote, args.flags)).returncode)
+    sys.exit(ssh(args, instance, *map(shlex.quote, args.flags), stdin=None).returncode)
 
 
 COMMANDS = {"up": up, "train": train, "fetch": fetch, "status": status, "down": down, "ssh": log_in}

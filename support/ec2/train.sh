@@ -2,7 +2,6 @@
 #   bash train.sh start gpu|cpu FLAG...   installs what is missing, starts train.py in the background
 #   bash train.sh log OFFSET              prints "running" or train.py's status, then the log from this byte
 #   bash train.sh pack                    writes a tar archive of the results and their checksums
-#   bash train.sh end MINUTES             terminates the instance in this many minutes
 set -e
 cd "$(dirname "$0")"
 mkdir -p out
@@ -46,8 +45,5 @@ pack)
     cd "$copy"
     sha256sum -- * > SHA256SUMS
     tar -cf - -- *
-    ;;
-end)
-    sudo shutdown -h "+$2"
     ;;
 esac
