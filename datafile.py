@@ -130,9 +130,7 @@ def read_split(raw_dir, prefix):
     image_path, label_path = files[f"{prefix}-images-idx3-ubyte"], files[f"{prefix}-labels-idx1-ubyte"]
     images, labels = read_idx(image_path, 3), read_idx(label_path, 1).long()
     if images.shape[1:] != (28, 28) or not len(images):
-        raise DataError(
-            f"{image_path} has shape {tuple(images.shape)}: it must hold images of 28 x 28 pixels"
-        )
+        raise DataError(f"{image_path} has shape {tuple(images.shape)}: no images of 28 x 28 pixels")
     if len(images) != len(labels):
         raise DataError(f"{image_path} has {len(images):,} images, but {label_path} {len(labels):,} labels")
     if labels.max() > 9:
@@ -155,24 +153,23 @@ def find_files(folder):
 
 
 def find_raw_dir(data_dir):
-    """Returns the directory with the four files; downloads MNIST to `data_dir` if it has none of them.
+    """Returns the directory with the four files: `data_dir`/MNIST/raw or `data_dir` itself.
+
+    Downloads MNIST to the former if both have none of them.
 
     Raises:
         DataError: the directory does not exist or contains only some of the files, or the download fails.
     """
     data_dir = Path(data_dir)
     raw_dir = data_dir / "MNIST" / "raw"
-    missing = [name for name in FILES if name not in find_files(raw_dir)]
-    if not missing:
-        return raw_dir
-    if find_files(data_dir):
-        is_raw = data_dir.parts[-2:] == ("MNIST", "raw")
-        advice = f"use --data-dir {data_dir.parent.parent}" if is_raw else f"move them to {raw_dir}"
-        raise DataError(f"{data_dir} contains the files themselves: {advice}")
+    for folder in raw_dir, data_dir:
+        missing = [name for name in FILES if name not in find_files(folder)]
+        if not missing:
+            return folder
+        if len(missing) < len(FILES):
+            raise DataError(f"{folder} has some files of a data set, but not {', '.join(missing)}")
     if not data_dir.is_dir():
         raise DataError(f"{data_dir}: no such directory; create it to download MNIST there")
-    if len(missing) < len(FILES):
-        raise DataError(f"{raw_dir} has some files of a data set, but not {', '.join(missing)}")
     print(f"Downloading MNIST, as {data_dir} contains no data set")
     try:
         datasets.MNIST(data_dir, download=True)
@@ -235,7 +232,8 @@ def get_loaders(
             for MNIST).
         seed: an int; the same seed gives the same split and order.
         device: a `torch.device` or its name.
-        data_dir: directory that contains MNIST/raw; MNIST is downloaded there if it contains no data set.
+        data_dir: directory that contains MNIST/raw, or the files themselves. If it contains no data set,
+            MNIST is downloaded there.
         fold: for cross-validation, a pair (k, K) with k from 1 to K: the seed determines K stratified
             folds, and fold k is the validation set. `validation_size` is ignored.
         upstrokes: add an upstroke to one in ten training ones (`add_upstrokes`), the same in each epoch.
@@ -255,10 +253,8 @@ def get_loaders(
         validation_size = len(images) // 12
     training, validation = split(labels, validation_size, fold, generator)
     if not (len(training) and len(validation)):
-        raise DataError(
-            f"{raw_dir} has {len(images):,} training images: with {len(validation):,} of them held out for "
-            "validation (validation_size), the training or the validation set would be empty"
-        )
+        reason = f"a validation_size of {len(validation):,} leaves {len(training):,} for training"
+        raise DataError(f"{raw_dir} has {len(images):,} training images: {reason}")
     if upstrokes and digest.hexdigest() == MNIST_DIGEST:
         ones = training[labels[training] == 1]
         ones = ones[: round(UPSTROKES * len(ones))]  # `training` is already shuffled

@@ -32,9 +32,7 @@ def print_scores(title, probabilities, labels):
     """Prints the accuracy, the number of errors and the recall of each digit in the labels."""
     correct = probabilities.argmax(1) == labels
     print(f"{title}\nTest Accuracy: {accuracy(probabilities, labels):.2%} ({(~correct).sum()} errors)")
-    recalls = [
-        f"{digit}: {correct[labels == digit].float().mean():.2%}" for digit in labels.unique().tolist()
-    ]
+    recalls = [f"{digit}: {correct[labels == digit].float().mean():.2%}" for digit in labels.unique()]
     print("Recall: " + ", ".join(recalls))
 
 

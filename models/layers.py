@@ -128,9 +128,8 @@ class P4MReadout(nn.Module):
         nn.init.normal_(self.weight, std=1 / size)
         self.shape = features, 8 * outputs, size * size, 1
         index = orient(torch.arange(self.weight.numel()).view_as(self.weight)).flatten(1)
-        index = (
-            index.unflatten(0, (outputs, -1)).transpose(0, 1).flatten()
-        )  # outputs of a channel are adjacent
+        # The outputs of a channel are adjacent.
+        index = index.unflatten(0, (outputs, -1)).transpose(0, 1).flatten()
         self.register_buffer("index", index, persistent=False)
         own_channel = torch.eye(8).repeat_interleave(outputs, 0)[:, None]
         self.register_buffer("own_channel", own_channel, persistent=False)  # (8 * outputs, 1, 8)

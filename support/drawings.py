@@ -13,6 +13,8 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # long comments 
 SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 TRANSPOSE = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # from EXIF orientation to `Image.Transpose`
 MAX_AREA = 1024 * 1024  # pixels of an image in memory
+SIDE = 128  # the background is subtracted in an image of about SIDE x SIDE pixels
+LONGEST_CONTACT = 20  # pixels of the edge of that image that a stroke may touch
 
 
 class DrawingError(ValueError):
@@ -45,7 +47,7 @@ def examine(source):
     name = source if isinstance(source, str | Path) else "the drawing"
     picture = to_grayscale(open_image(source, name))
     for subtract in subtract_surface, subtract_closing:
-        ink, sign, inset = find_ink(picture, subtract)
+        ink, sign = find_ink(picture, subtract)
         if ink is not None:
             break
     else:
@@ -53,13 +55,12 @@ def examine(source):
     lines = find_lines(ink)
     ink = ink * ~lines
     # A second, closer look at the part that contains the digit.
-    scale = (ink.shape[1] + 2 * inset) / picture.width
-    top, left, bottom, right = box = bounding_box(ink, margin=4)
-    y0, x0, y1, x1 = (round((edge + inset) / scale) for edge in box)
-    x0, y0 = min(x0, picture.width - 1), min(y0, picture.height - 1)  # at least one pixel is left
-    crop = picture.crop((x0, y0, max(x0 + 1, min(x1, picture.width)), max(y0 + 1, min(y1, picture.height))))
-    closer, *_ = find_ink(crop, subtract, sign)
-    if closer is not None and (lines.any() or subtract is subtract_closing):
+    top, left, bottom, right = bounding_box(ink, margin=4)
+    height, width = ink.shape
+    x0, x1 = left * picture.width // width, -(-right * picture.width // width)
+    y0, y1 = top * picture.height // height, -(-bottom * picture.height // height)
+    closer, _ = find_ink(picture.crop((x0, y0, x1, y1)), subtract, sign)
+    if closer is not None and lines.any():
         near = max_pool2d(ink[None, None, top:bottom, left:right], 9, 1, 4)
         closer = closer * (interpolate(near, closer.shape, mode="bilinear")[0, 0] > 0.1)
     digit = center(closer if closer is not None and (closer > 0.3).any() else ink)
@@ -191,7 +192,7 @@ def to_grayscale(image):
     return max((color.convert("L"), *color.split()), key=lambda channel: ImageStat.Stat(channel).stddev[0])
 
 
-def find_ink(picture, subtract, sign=None, side=128):
+def find_ink(picture, subtract, sign=None):
     """Separates ink from background.
 
     Args:
@@ -199,25 +200,22 @@ def find_ink(picture, subtract, sign=None, side=128):
         subtract: `subtract_surface` or `subtract_closing`.
         sign: 1 if the ink is darker than the background, -1 if it is lighter; by default, and always with
             `subtract_surface`, it is found out.
-        side: the result has about `side` x `side` pixels.
 
     Returns:
-        The ink, float32 (H, W), from 0 for background to 1 for ink, without spots much smaller than the
-        digit, or None if there is none; its sign; and the width of a frame that was removed around it.
+        The ink, float32 (H, W), from 0 for background to 1 for ink, without frames, shadows and spots much
+        smaller than the digit, or None if there is none; and its sign.
     """
-    scale = side / math.sqrt(math.prod(picture.size))
+    scale = SIDE / math.sqrt(math.prod(picture.size))
     size = [max(1, round(scale * length)) for length in picture.size]
     gray = pil_to_tensor(picture.resize(size, Image.Resampling.BICUBIC))[0].float()
-    gray, inset = remove_frame(gray)
     difference, noise, sign = subtract(gray, sign)
     level = otsu_threshold(difference)
     full = difference[difference > level].median() if (difference > level).any() else torch.tensor(0.0)
     if full < 4 * noise:
-        return None, sign, inset
+        return None, sign
     low = max(0.2 * full, min(2 * noise, 0.5 * full))
     ink = ((difference - low) / (full - low)).clamp(0, 1)
-    # Closing takes shadows at an edge for ink; a surface does not, and a digit may run off the image.
-    return ink * large_components(ink > 0.3, ink, subtract is subtract_closing), sign, inset
+    return ink * large_components(ink), sign
 
 
 def subtract_surface(gray, _):
@@ -253,7 +251,7 @@ def subtract_closing(gray, sign):
     `subtract_surface`, with a noise of at least 0.6 gray levels.
     """
     sign = sign or (1 if has_dark_ink(gray) else -1)
-    gray = sign * gray.clone()
+    gray = sign * gray
     for image in gray, gray.T:  # light from one side
         step = max(1, len(image) // 8)
         if len(image) > step:
@@ -270,25 +268,9 @@ def subtract_closing(gray, sign):
     return (difference - difference.quantile(0.1)).clamp(min=0), max(noise, 0.6), sign
 
 
-def remove_frame(gray):
-    """Removes uniform frames around an image (H, W), up to an eighth of its shorter side; returns the rest.
-
-    Also returns how many pixels were removed on each side.
-    """
-    inset = 0
-    for depth in range(1, min(gray.shape) // 8 + 1):
-        outer, inner = border(gray, inset), border(gray, depth)
-        if max(outer.std(), inner.std()) < 12 and (outer.median() - inner.median()).abs() > 30:
-            inset = depth
-    height, width = gray.shape
-    return gray[inset : height - inset, inset : width - inset], inset
-
-
-def border(gray, depth=0):
-    """Returns the pixels of an image (H, W) at this distance from its edges."""
-    height, width = gray.shape
-    rows, columns = gray[depth : height - depth], gray[depth : height - depth, depth : width - depth]
-    return torch.cat([columns[[0, -1]].flatten(), rows[:, [depth, width - depth - 1]].flatten()])
+def border(values):
+    """Returns the outermost pixels of an image (H, W)."""
+    return torch.cat([values[[0, -1]].flatten(), values[1:-1, [0, -1]].flatten()])
 
 
 def has_dark_ink(gray):
@@ -324,19 +306,20 @@ def otsu_threshold(values):
     return values[between.argmax()]
 
 
-def large_components(mask, ink, inner):
-    """Keeps the connected components of a bool mask (H, W) with at least a tenth of the largest one's ink.
+def large_components(ink):
+    """Returns the pixels, bool (H, W), of the connected components with a tenth of the largest one's ink.
 
-    With `inner`, those that touch an edge are removed if another one has 0.3 of the largest one's ink.
+    Components that touch the edge of the image for longer than a stroke does, such as frames and shadows, do
+    not count if another one has 0.3 of the largest one's ink.
     """
-    labels = label_components(mask)
-    sums = torch.zeros(mask.numel() + 1).index_add_(0, labels.flatten(), (ink * mask).flatten())
-    sums[0] = 0
+    labels = label_components(ink > 0.3)
+    sums = torch.zeros(ink.numel() + 1).index_add_(0, labels.flatten(), ink.flatten())
+    sums[0] = 0  # the background
     inside = sums.clone()
-    inside[border(labels)] = 0
-    if inner and inside.max() > 0.3 * sums.max():
+    inside[border(labels).bincount(minlength=len(sums)) > LONGEST_CONTACT] = 0
+    if inside.max() > 0.3 * sums.max():
         sums = inside
-    return (sums >= sums.max() / 10)[labels] & mask
+    return (sums >= sums.max() / 10)[labels] & (labels > 0)
 
 
 def label_components(mask):

@@ -43,11 +43,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def is_allowed(self):
         """Rejects other paths, cross-origin requests and DNS rebinding, by the Host and Origin headers."""
-        origins = [
-            self.headers.get("Host", ""),
-            self.headers.get("Origin", "localhost").removeprefix("http://"),
-        ]
-        if any(origin.rpartition(":")[0] not in HOSTS and origin not in HOSTS for origin in origins):
+        origin = self.headers.get("Origin", "localhost").removeprefix("http://")
+        if any(name.split(":")[0] not in HOSTS for name in (self.headers.get("Host", ""), origin)):
             self.send_error(403, explain="this page is for 127.0.0.1 only")
         elif self.path != "/":
             self.send_error(404, explain="the only page is /")

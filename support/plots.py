@@ -18,10 +18,8 @@ def prepare(folder):
     try:
         import matplotlib.figure  # noqa: F401
     except Exception as error:  # a broken installation may raise anything
-        if isinstance(error, ModuleNotFoundError) and error.name == "matplotlib":
-            raise PlotError("--plot requires matplotlib: pip install matplotlib") from error
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise PlotError(f"--plot requires matplotlib, which fails: {reason}") from error
+        raise PlotError(f"--plot requires matplotlib (pip install matplotlib): {reason}") from error
     make_writable(folder)
 
 
@@ -54,12 +52,9 @@ def curves(history, best_epoch, path):
 
     def draw(fig, axes):
         for ax, metric, unit, title in zip(axes[0], ("loss", "accuracy"), (1, 100), ("Loss", "Accuracy (%)")):
-            for name, style in (
-                ("training", {"color": ORANGE, "linestyle": "--"}),
-                ("validation", {"color": BLUE}),
-            ):
+            for name, color, style in ("training", ORANGE, "o--"), ("validation", BLUE, "o-"):
                 values = [unit * epoch[f"{name}_{metric}"] for epoch in history]
-                ax.plot(epochs, values, marker="o", markersize=3, label=name, **style)
+                ax.plot(epochs, values, style, color=color, markersize=3, label=name)
             ax.plot(best_epoch, values[best_epoch - 1], "*", color=BLUE, markersize=14, label="saved")
             for index, epoch in enumerate(lowered):
                 label = "_" * bool(index) + "learning rate lowered"  # in the legend once

@@ -17,9 +17,10 @@ import evaluate
 import train
 from support import checkpoint
 
-torch.set_num_threads(1)  # as many as there are for sure, whatever else the machine does
+torch.set_num_threads(1)  # reproducible on any machine
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
 ROOT = Path(__file__).resolve().parent.parent
+WEIGHTS = ROOT / "models" / "weights"
 RAW_DIR = datafile.DATA_DIR / "MNIST" / "raw"
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 BLOCK = re.compile(
@@ -90,16 +91,6 @@ def mnist():
     return datafile.get_loaders()
 
 
-@pytest.fixture(scope="session")
-def trained(tmp_path_factory):
-    """A folder with a Model_3 and a Model_1 after an epoch on all of MNIST."""
-    folder = tmp_path_factory.mktemp("trained")
-    options = "--device", "cpu", "--epochs", "1", "--output-dir", str(folder)
-    for name in "Model_3", "Model_1":
-        train.train(name, train.parse_args(options), 0)
-    return folder
-
-
 @pytest.fixture
 def run(tmp_path):
     """Runs a script of this project as a user would, in an empty directory; returns the finished process."""
@@ -120,6 +111,7 @@ def call(tmp_path, monkeypatch, capsys):
 
     def call(script, *arguments, check=True):
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("support.process.saved", "")  # as in a new process
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         code = 0
         try:
@@ -175,7 +167,7 @@ def start(tmp_path, tmp_path_factory, small_data):
 
 
 def end(process):
-    """Waits for a process of `start`; returns what it printed on standard output and on standard error."""
+    """Waits for a process of `start`; returns its standard output and standard error."""
     process.wait(timeout=300)
     return process.printed()
 

@@ -56,7 +56,7 @@ def save(state, path):
 
 
 def new_training(settings):
-    """A run of Model_3 with these settings that has not begun."""
+    """A run of Model_3 with these settings, before its first epoch."""
     model = models.Model_3()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=True)
     scheduler = ReduceLROnPlateau(optimizer, mode="max", factor=0.1, patience=3)
@@ -183,7 +183,7 @@ def test_the_class_is_found_by_the_weights_and_must_be_chosen_if_several_fit(tmp
         checkpoint.load(tmp_path / "one.pth", "Model_2")
 
     class Model_4(models.Model_3):
-        """The same layers, but for an activation."""
+        """The same layers, except for an activation."""
 
         def __init__(self):
             super().__init__()
@@ -340,8 +340,8 @@ def test_a_resumed_run_keeps_a_best_model_that_it_did_not_write(fit, tmp_path, e
     assert same(saved_states(tmp_path), after)
 
 
-def test_a_best_model_that_a_killed_run_left_behind_is_put_right(fit, tmp_path):
-    """Killed between its two files, a run leaves a best model of an earlier epoch, or none."""
+def test_an_outdated_best_file_of_a_killed_run_is_replaced(fit, tmp_path):
+    """A run that is killed between its two files leaves the best file of an earlier epoch, or none."""
     fit("--epochs", 1)
     first = (tmp_path / "best_Model_3.pth").read_bytes()
     fit("--epochs", 2, "--resume")
@@ -355,7 +355,7 @@ def test_a_best_model_that_a_killed_run_left_behind_is_put_right(fit, tmp_path):
     assert same(saved_states(tmp_path), whole)
 
 
-def test_resuming_nothing_starts_and_resuming_the_end_says_so(fit):
+def test_resuming_without_a_file_starts_and_resuming_a_finished_run_only_tests(fit):
     first, second = (fit("--epochs", 1, "--resume").stdout for _ in range(2))
     assert "last_Model_3.pth: no such file, starting from the beginning\n" in first
     assert "Resuming from last_Model_3.pth (epoch 1)\n" in second
@@ -363,7 +363,7 @@ def test_resuming_nothing_starts_and_resuming_the_end_says_so(fit):
     assert TEST_LINE.search(first)[1] == TEST_LINE.search(second)[1]
 
 
-def test_a_contradicting_flag_is_one_sentence_and_changes_nothing(fit, tmp_path):
+def test_a_contradicting_flag_is_a_one_line_error_and_changes_nothing(fit, tmp_path):
     fit("--epochs", 1)
     before = saved_states(tmp_path)
     process = fit("--epochs", 2, "--resume", "--seed", 3, check=False)
@@ -382,7 +382,9 @@ def test_temporary_files_of_a_killed_run_are_removed_and_nothing_else(fit, tmp_p
 
 
 @pytest.mark.parametrize("epochs_before, writes, file", [(0, 0, "last"), (0, 1, "best"), (1, 0, "last")])
-def test_a_full_disk_is_one_sentence_at_every_write(fit, tmp_path, monkeypatch, epochs_before, writes, file):
+def test_a_full_disk_is_a_one_line_error_at_every_write(
+    fit, tmp_path, monkeypatch, epochs_before, writes, file
+):
     if epochs_before:
         fit("--epochs", epochs_before)
     before = saved_states(tmp_path)
@@ -406,7 +408,7 @@ def test_a_full_disk_is_one_sentence_at_every_write(fit, tmp_path, monkeypatch, 
 
 
 def survive(start, folder, kills, *arguments, **options):
-    """Kills runs and resumes them until that many were killed; they must end as if none had been.
+    """Kills runs and resumes them, that many times; the result must equal that of an uninterrupted run.
 
     Every other kill comes within milliseconds after something in the folder changed.
     """
@@ -439,7 +441,7 @@ def survive(start, folder, kills, *arguments, **options):
             killed += 1
         finished += 1
         assert same(states, expected)
-        # An epoch is saved before it is printed, so that of one that is lost here the file tells.
+        # An epoch is saved before it is printed, so the file is right even if the output is lost.
         assert set(BLOCK.findall(output)) <= set(blocks)
         assert last_line in output
 

@@ -16,11 +16,11 @@ from torch.utils._pytree import tree_leaves
 import datafile
 import evaluate
 import train
-from conftest import BLOCK, TEST_LINE
+from conftest import BLOCK, TEST_LINE, WEIGHTS
 from support import checkpoint
 
 META = torch.device("meta")
-pytestmark = pytest.mark.filterwarnings("ignore:.*is a no-op")  # a value copied to where there are none
+pytestmark = pytest.mark.filterwarnings("ignore:.*is a no-op")  # a value is copied to a tensor without values
 COPIES = torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default
 
 
@@ -65,12 +65,12 @@ def meta(monkeypatch):
 def arguments(small_data, folder, *others):
     options = "--model", "Model_3", "--data-dir", small_data, "--output-dir", folder, *others
     args = train.parse_args(list(map(str, options)))
-    args.device = META  # as --device it is refused: it holds no data
+    args.device = META  # --device rejects it, as it has no data
     return args
 
 
 def values_for(state):
-    """A state whose tensors have values, on the CPU, as the file of a real run gives them."""
+    """A state whose tensors have values, on the CPU, as in the file of a real run."""
     if isinstance(state, dict):
         return {key: values_for(value) for key, value in state.items()}
     return torch.zeros(state.shape, dtype=state.dtype) if getattr(state, "is_meta", False) else state
@@ -107,11 +107,11 @@ def test_a_run_stays_on_its_device_and_never_waits_for_it(optimizer, small_data,
 
 
 def test_evaluation_and_its_plots_use_the_device_only_for_forward_passes(
-    trained, small_data, tmp_path, capsys, meta, monkeypatch
+    small_data, tmp_path, capsys, meta, monkeypatch
 ):
-    args = evaluate.parse_args([str(trained / "best_Model_3.pth"), "--plot", str(tmp_path)])
+    args = evaluate.parse_args([str(WEIGHTS / "Model_3.pth"), "--plot", str(tmp_path)])
     args.device, args.data_dir = META, small_data
-    model = checkpoint.load(trained / "best_Model_3.pth").to(META)
+    model = checkpoint.load(WEIGHTS / "Model_3.pth").to(META)
     evaluate.evaluate([model], args)
     output = capsys.readouterr().out
     assert "Test Accuracy: " in output and "Latency: " in output

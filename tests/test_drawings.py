@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, PngImagePlugin
 from PIL.TiffImagePlugin import IFDRational
 
 import datafile
-from conftest import RAW_DIR, ROOT, seven
+from conftest import RAW_DIR, ROOT, WEIGHTS, seven
 from support import checkpoint, drawings
 
 needs_fonts = pytest.mark.skipif(
@@ -23,16 +23,15 @@ needs_fonts = pytest.mark.skipif(
 
 
 @needs_fonts
-def test_nine_of_ten_drawings_are_read(trained, tmp_path):
-    """Of the ones with an upstroke, six: after one epoch, a net that has seen none reads three."""
+def test_95_percent_of_digits_in_fonts_and_75_percent_of_upstrokes_are_read(tmp_path):
     drawn = fonts.draw_all(tmp_path)
     assert [len(pairs) for pairs in drawn.values()] == [110, 27, 27, 27]
-    model = checkpoint.load(trained / "best_Model_3.pth")
+    model = checkpoint.load(WEIGHTS / "Model_3.pth")
     for kind, pairs in drawn.items():
-        assert fonts.accuracy(model, pairs) >= (0.6 if "upstroke" in kind else 0.9), kind
+        assert fonts.accuracy(model, pairs) >= (0.75 if "upstroke" in kind else 0.95), kind
 
 
-def test_a_drawing_takes_the_form_of_mnist(tmp_path):
+def test_a_drawing_is_converted_to_mnists_format(tmp_path):
     for name, picture in {
         "dark.png": seven(),
         "light.png": seven(ink=200, paper=20),
@@ -54,8 +53,8 @@ def test_a_drawing_takes_the_form_of_mnist(tmp_path):
         assert max(height, width) in (19, 20) and 60 < ink.sum() / 255 < 150, name
         place = torch.arange(28.0)
         for dimension in 0, 1:
-            centre = float((ink.sum(dimension) * place).sum() / ink.sum())
-            assert centre == pytest.approx(13.5, abs=0.6), name
+            center = float((ink.sum(dimension) * place).sum() / ink.sum())
+            assert center == pytest.approx(13.5, abs=0.6), name
 
 
 def test_a_picture_without_a_digit_is_empty(tmp_path):
@@ -72,10 +71,10 @@ def test_a_picture_without_a_digit_is_empty(tmp_path):
             drawings.read_drawing(tmp_path / "nothing.tif")
 
 
-def test_transparent_paper_is_no_ink(tmp_path):
+def test_transparent_pixels_are_background(tmp_path):
     expected = None
-    for name, colour in ("black", (0, 0, 0)), ("white", (255, 255, 255)), ("red", (200, 30, 30)):
-        picture = Image.new("RGBA", (200, 200), colour)
+    for name, color in ("black", (0, 0, 0)), ("white", (255, 255, 255)), ("red", (200, 30, 30)):
+        picture = Image.new("RGBA", (200, 200), color)
         picture.putalpha(seven(ink=255, paper=0))
         picture.save(tmp_path / f"{name}.png")
         image = drawings.read_drawing(tmp_path / f"{name}.png").int()
@@ -83,12 +82,12 @@ def test_transparent_paper_is_no_ink(tmp_path):
         assert (image - expected).abs().max() <= 8, name
 
 
-def test_a_turned_photograph_is_set_upright(tmp_path):
+def test_a_rotated_photo_is_turned_upright(tmp_path):
     upright = seven(mode="RGB")
     upright.save(tmp_path / "upright.png")
     turned = upright.transpose(Image.Transpose.ROTATE_90)
     orientation = Image.Exif()
-    orientation[0x0112] = 6  # to be turned clockwise by whoever shows it
+    orientation[0x0112] = 6  # to be shown rotated clockwise
     turned.save(tmp_path / "turned.png", exif=orientation)
     images = [drawings.read_drawing(tmp_path / name).int() for name in ("upright.png", "turned.png")]
     assert (images[0] - images[1]).abs().max() <= 16
@@ -104,19 +103,19 @@ def test_a_stain_beside_the_digit_changes_nothing(tmp_path):
     assert (images[0] - images[1]).abs().max() <= 16
 
 
-def test_a_small_digit_on_a_large_page_is_looked_at_closely(tmp_path):
-    """A tenth of the page wide, it would be 13 pixels wide where the paper is told from the ink."""
-    page = Image.new("L", (1000, 1000), 255)
-    page.paste(seven(100), (700, 40))
+def test_a_small_digit_on_a_large_page_is_read_at_full_resolution(tmp_path):
+    """At the resolution at which the background is subtracted, it would be only 13 pixels wide."""
+    page = Image.new("L", (1024, 1024), 255)
+    page.paste(seven(112), (160, 320))
     images = []
-    for picture in page, seven(100):
+    for picture in page, seven(112):
         picture.save(tmp_path / "seven.png")
         images.append(drawings.read_drawing(tmp_path / "seven.png").float() / 255)
     assert (images[0] - images[1]).abs().mean() < 0.01
 
 
 def huge_png(width, height):
-    """A PNG file of a few bytes that announces a picture of this size."""
+    """A PNG file of a few bytes whose header gives this size."""
 
     def chunk(kind, content):
         check = struct.pack(">I", zlib.crc32(kind + content))
@@ -170,7 +169,7 @@ def test_a_path_a_file_and_an_image_give_the_same(tmp_path):
 def test_digits_that_are_hard_to_separate_from_their_background_are_read(kind):
     model = checkpoint.load(ROOT / "models" / "weights" / "Model_3.pth")
     read, other, empty = handwriting.count(model, list(kind())[::3])
-    known = {"hard_shadows": 1, "closed_fours": 1}.get(kind.__name__, 0)  # mistakes that README names
+    known = {"hard_shadows": 1, "closed_fours": 1}.get(kind.__name__, 0)  # errors that are named in README
     assert empty == 0 and other <= known and read > 0
 
 
@@ -195,7 +194,7 @@ def test_a_digit_in_two_parts_is_one_digit_and_a_spot_or_a_line_may_be_none():
         assert drawings.examine(handwriting.draw((200, 200), strokes, 14))[1] == "this may not be a digit"
 
 
-def test_at_most_one_in_500_digits_of_mnist_is_taken_for_none(mnist):
+def test_at_most_one_in_500_digits_of_mnist_gets_a_remark(mnist):
     images = datafile.read_split(RAW_DIR, "train")[0][:1_000, None].float() / 255
     large = torch.nn.functional.interpolate(images, scale_factor=4, mode="bilinear")
     assert sum(bool(drawings.describe(image[0])) for image in large) <= 2
@@ -207,9 +206,9 @@ def test_a_stroke_that_runs_off_the_image_is_kept():
     assert image[:, image.sum(0).nonzero()[-2:]].sum() > 10  # the stem, on the right
 
 
-def test_an_image_of_any_size_is_read_or_is_an_error_of_ours():
+def test_an_image_of_any_size_is_read_or_raises_drawing_error():
     generator = random.Random(0)
-    for _ in range(150):
+    for _ in range(75):
         size = generator.choice([1, 2, 3, 5, 11, 40]), generator.choice([1, 2, 4, 7, 28, 300])
         image = Image.new("L", size, generator.randint(0, 255))
         points = [(generator.randint(0, size[0]), generator.randint(0, size[1])) for _ in range(3)]

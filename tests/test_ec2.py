@@ -41,7 +41,7 @@ IMAGES = {parameter: f"ami-{index:017}" for index, parameter in enumerate(ec2.IM
 
 @pytest.fixture(scope="module")
 def moto(tmp_path_factory):
-    """moto's `mock_aws`, which knows the images above."""
+    """moto's `mock_aws` with the images above."""
     fields = {"owner_id": "099720109477", "public": True, "virtualization_type": "hvm", "state": "available"}
     fields |= {
         "architecture": "x86_64",
@@ -80,7 +80,7 @@ def client_of(service, region="us-east-1"):
 
 
 class Aws:
-    """Calls `python -m support.ec2` in this process; returns what it prints, or its error."""
+    """Calls `python -m support.ec2` in this process; returns its output or error."""
 
     def __init__(self, home, capfd):
         self.folder, self.capfd, self.address, self.calls = home / ".tiny-mnist", capfd, f"{ADDRESS}\n", []
@@ -115,13 +115,13 @@ class Aws:
         return [group for group in groups if group["GroupName"] != "default"]
 
     def instances(self, region="us-east-1"):
-        """Instances that cost something."""
+        """Instances that are charged for."""
         found = client_of("ec2", region).describe_instances()["Reservations"]
         instances = [one for reservation in found for one in reservation["Instances"]]
         return [one for one in instances if one["State"]["Name"] != "terminated"]
 
     def left(self, region="us-east-1"):
-        """Everything that exists, past failures of calls."""
+        """Everything that exists, read without simulated failures."""
         self.untroubled()
         client = client_of("ec2", region)
         templates = client.describe_launch_templates()["LaunchTemplates"]
@@ -164,7 +164,7 @@ def aws(moto, home, monkeypatch, capfd):
                 except ClientError:
                     aws.after(operation, parameters, {})
                     raise
-            if operation == "DescribeRegions":  # three of them will do
+            if operation == "DescribeRegions":  # three of them are enough
                 answer = {
                     "Regions": [{"RegionName": name} for name in ("us-east-1", "eu-west-1", "ap-south-1")]
                 }
@@ -295,7 +295,7 @@ def test_a_new_address_is_an_update_that_keeps_the_instance(aws, monkeypatch, tm
         "0.0.0.0",
     ],
 )
-def test_an_answer_that_is_no_public_address_changes_nothing(aws, answer):
+def test_an_answer_that_is_not_a_public_address_changes_nothing(aws, answer):
     aws.address = answer
     assert aws("up").startswith("ec2: error: your public IPv4 address is unknown (")
     assert aws.calls == [] and not aws.folder.exists()
@@ -339,7 +339,7 @@ def test_the_image_suits_the_type_and_others_are_named_before_anything_is_create
     assert ("InstanceMarketOptions" in template["LaunchTemplateData"]) == spot
     assert not spot or ec2.parameters(aws.stacks()[0])["Zone"] == "us-east-1b"
     assert f"is a {instance_type}: `down` first" in aws("up", "--type", "g4dn.xlarge")
-    assert "ends in 8.0 h" in aws("up")  # without --type, the one there is
+    assert "ends in 8.0 h" in aws("up")  # without --type, the existing instance is kept
 
 
 def test_the_end_is_moved_by_up_and_shown_by_status(aws):
@@ -408,7 +408,7 @@ def with_status(aws, status, events=()):
         ("Something new", "Something new"),
     ],
 )
-def test_what_aws_gives_as_the_first_reason_is_printed_with_a_remedy_and_up_repairs(aws, reason, remedy):
+def test_the_first_reason_from_aws_is_printed_with_a_remedy_and_up_repairs_the_stack(aws, reason, remedy):
     with_status(
         aws, "ROLLBACK_COMPLETE", [("Instance", reason), ("LaunchTemplate", "Resource creation cancelled")]
     )
@@ -470,7 +470,7 @@ def test_an_instance_that_never_accepts_ssh_is_an_error_after_ten_minutes(aws):
     assert sum(aws.slept) == pytest.approx(590)
 
 
-def test_errors_of_boto_are_one_sentence(aws):
+def test_errors_of_boto_are_one_line(aws):
     for error, sentence in [
         (NoCredentialsError(), "Unable to locate credentials"),
         (EndpointConnectionError(endpoint_url="https://ec2"), "Could not connect"),
@@ -538,7 +538,7 @@ def test_a_flag_of_another_command_is_a_usage_error_and_nothing_is_called(aws, a
     assert aws(*arguments) == "2" and aws.calls == []
 
 
-def test_the_flags_of_a_training_are_passed_on_untouched():
+def test_the_flags_of_train_are_passed_on_unchanged():
     for arguments, flags, then_down in [
         (["train"], [], False),
         (["train", "--resume", "--plot", "x y"], ["--resume", "--plot", "x y"], False),
@@ -637,7 +637,7 @@ def test_the_policy_suffices_and_has_no_more_than_is_needed(aws):
     aws.after = lambda *arguments: None
     aws("status")
     aws("down", "--all-regions")
-    by_cloudformation = {  # what it calls in the user's name for the three kinds of resources
+    by_cloudformation = {  # its calls in the user's name, for three kinds of resources
         "ec2:CreateSecurityGroup",
         "ec2:AuthorizeSecurityGroupIngress",
         "ec2:RevokeSecurityGroupIngress",
@@ -711,7 +711,7 @@ def instance(request, aws, tmp_path, monkeypatch, small_data):
     environment = {
         "HOME": remote,
         "PATH": f"{programs}{os.pathsep}{PATH}",
-        "PYTHONPATH": os.pathsep.join(packages),  # so that pip finds what the project requires
+        "PYTHONPATH": os.pathsep.join(packages),  # so that pip finds the requirements
         "PIP_NO_INDEX": 1,
         "OMP_NUM_THREADS": 1,
     }
@@ -758,6 +758,15 @@ def instance(request, aws, tmp_path, monkeypatch, small_data):
     subprocess.run(["pkill", "-f", str(remote)], check=False)
 
 
+@pytest.fixture
+def installed(instance):
+    """An instance on which `train.sh` has nothing to install."""
+    (instance / "mnist" / "venv" / "bin").mkdir(parents=True)
+    (instance / "mnist" / "venv" / "bin" / "python").symlink_to(sys.executable)
+    (instance / "mnist" / "ready").touch()
+    return instance
+
+
 FLAGS = "--model", "Model_1", "--device", "cpu"
 FOLDER = Path("ec2/tiny-mnist-ada-l")
 
@@ -785,20 +794,20 @@ def test_a_training_survives_its_connection_and_its_files_are_fetched_and_resume
     assert f"{FOLDER}/train.log: " in output and (FOLDER / "train.log").read_text() == log.read_text()
     assert isinstance(checkpoint.load(FOLDER / "best_Model_1.pth"), models.Model_1)
 
-    # After the instance was taken away, another one resumes from what was fetched.
+    # After the instance was terminated, another one resumes from the fetched files.
     shutil.rmtree(instance / "mnist")
     output = aws("train", *FLAGS, "--epochs", 71, "--resume")
     assert "Resuming from last_Model_1.pth (epoch 70)\n" in output and "Epoch: 71/71" in output
-    # What was fetched does not replace newer states.
+    # The fetched files do not replace newer states.
     output = aws("train", *FLAGS, "--epochs", 72, "--resume")
     assert "Resuming from last_Model_1.pth (epoch 71)\n" in output
     assert aws("ssh", "echo", "$(false) from there") == "0"
 
 
-def test_the_status_of_a_training_is_that_of_train_py(aws, instance):
+def test_the_status_of_a_training_is_that_of_train_py(aws, installed):
     assert aws("train", *FLAGS, "--epochs", 1, "--data-dir", "$(touch evil) 'x y'", "--then-down") == "1"
-    log = (instance / "mnist" / "out" / "train.log").read_text()
-    assert "$(touch evil) 'x y': no such directory" in log and not list(instance.rglob("evil"))
+    log = (installed / "mnist" / "out" / "train.log").read_text()
+    assert "$(touch evil) 'x y': no such directory" in log and not list(installed.rglob("evil"))
     assert len(aws.instances()) == 1  # a failed training is not ended, nor lost
     assert aws("train", "--frobnicate") == "2"
     output = aws("train", *FLAGS, "--epochs", 1, "--then-down")
@@ -806,12 +815,12 @@ def test_the_status_of_a_training_is_that_of_train_py(aws, instance):
     assert (FOLDER / "best_Model_1.pth").exists() and aws.left() == []
 
 
-def test_a_failed_upload_starts_nothing_and_keeps_the_project(aws, instance, monkeypatch):
+def test_a_failed_upload_starts_nothing_and_keeps_the_project(aws, installed, monkeypatch):
     aws("train", *FLAGS, "--epochs", 1)
-    before = (instance / "mnist" / "project" / "train.py").read_text()
+    before = (installed / "mnist" / "project" / "train.py").read_text()
     monkeypatch.setattr(ec2, "archive", lambda folder: b"cut off")
     assert aws("train", *FLAGS, "--epochs", 1).endswith("nothing was started (see above)")
-    assert (instance / "mnist" / "project" / "train.py").read_text() == before
+    assert (installed / "mnist" / "project" / "train.py").read_text() == before
 
 
 def test_another_host_at_the_same_address_is_not_connected_to(aws, instance):
@@ -823,7 +832,7 @@ def test_another_host_at_the_same_address_is_not_connected_to(aws, instance):
     assert aws("ssh", "true").startswith("ec2: error: the connection failed")
 
 
-def test_a_script_with_windows_line_ends_is_sent_with_those_of_linux(aws, instance, monkeypatch, tmp_path):
+def test_a_script_with_windows_line_ends_is_sent_with_those_of_linux(aws, installed, monkeypatch, tmp_path):
     (tmp_path / "windows").mkdir()
     script = (ROOT / "support" / "ec2" / "train.sh").read_bytes().replace(b"\n", b"\r\n")
     (tmp_path / "windows" / "train.sh").write_bytes(script)
@@ -832,11 +841,11 @@ def test_a_script_with_windows_line_ends_is_sent_with_those_of_linux(aws, instan
 
 
 @pytest.mark.parametrize("instance", ["g4dn.xlarge"], indirect=True)
-def test_a_gpu_that_pytorch_cannot_use_is_named_before_training(aws, instance):
+def test_a_gpu_that_pytorch_cannot_use_is_named_before_training(aws, installed):
     assert aws("train", *FLAGS).endswith("nothing was started (see above)")
-    assert not (instance / "mnist" / "out" / "train.log").exists()
+    assert not (installed / "mnist" / "out" / "train.log").exists()
 
 
-def test_fetching_before_a_training_is_one_sentence(aws, instance):
+def test_fetching_before_a_training_is_a_one_line_error(aws, instance):
     assert aws("fetch") == "ec2: error: there is nothing to fetch yet"
     assert not FOLDER.exists()

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 import models
-from conftest import seven
+from conftest import WEIGHTS, seven
 
 
-def test_scores_are_what_plain_pytorch_gives(call, trained, mnist):
-    paths = [trained / "best_Model_1.pth", trained / "best_Model_3.pth"]
+def test_scores_equal_those_of_plain_pytorch(call, mnist):
+    paths = [WEIGHTS / "Model_1.pth", WEIGHTS / "Model_3.pth"]
     output = call("evaluate.py", *paths, "--device", "cpu").stdout
     assert f"{paths[0]}: Model_1, 26,698 parameters\n" in output
     assert f"{paths[1]}: Model_3, 4,506 parameters\n" in output
@@ -16,7 +16,7 @@ def test_scores_are_what_plain_pytorch_gives(call, trained, mnist):
     images, labels = mnist[2].dataset.tensors
     outputs = []
     for path in paths:
-        model = getattr(models, path.stem[5:])()
+        model = getattr(models, path.stem)()
         model.load_state_dict(torch.load(path, weights_only=True))
         with torch.no_grad():
             outputs.append(model.eval()(images).softmax(1))
@@ -33,7 +33,8 @@ def test_scores_are_what_plain_pytorch_gives(call, trained, mnist):
     assert len(re.findall(r"Latency: [\d.]+ ms; throughput: [\d,]+ images/s\n", output)) == 2
 
 
-def test_a_file_that_is_no_model_is_one_sentence(trained, tmp_path, call):
+def test_a_file_that_is_not_a_model_is_a_one_line_error(tmp_path, call, fit):
+    fit("--model", "Model_1", "--epochs", 1)
     (tmp_path / "noise.pth").write_bytes(bytes(range(256)) * 40)
     torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pth")
     poisoned = models.Model_3().state_dict()
@@ -44,17 +45,17 @@ def test_a_file_that_is_no_model_is_one_sentence(trained, tmp_path, call):
         ("other.pth", "other.pth does not contain the weights of Model_1 or Model_2 or Model_3"),
         ("nan.pth", "nan.pth: 1.weight has values that are not finite"),
         ("missing.pth", "missing.pth: no such file"),
-        (str(trained / "last_Model_1.pth"), "is a training state; the weights are in the file best_..."),
+        ("last_Model_1.pth", "is a training state; the weights are in the file best_..."),
     ]:
         process = call("evaluate.py", name, check=False)
         assert process.returncode == 1 and process.stderr.count("\n") == 1
         assert process.stderr.startswith("evaluate.py: error: ") and reason in process.stderr
 
 
-def test_pictures_are_read_one_by_one_and_several_models_vote(call, trained, tmp_path):
+def test_images_are_classified_one_by_one_by_the_ensemble(call, tmp_path):
     seven().save(tmp_path / "seven.png")
     seven(ink=255, paper=0).save(tmp_path / "other.png")
-    checkpoints = trained / "best_Model_3.pth", trained / "best_Model_3.pth"
+    checkpoints = WEIGHTS / "Model_3.pth", WEIGHTS / "Model_3.pth"
     paths = "seven.png", "missing.png", "other.png"
     process = call("evaluate.py", *checkpoints, "--device", "cpu", "--images", *paths, check=False)
     assert process.returncode == 1
@@ -73,11 +74,11 @@ def test_a_failure_is_one_line_on_standard_error_and_status_1(run):
     assert process.stderr == "evaluate.py: error: missing.pth: no such file\n"
 
 
-def test_skipped_files_are_named_and_checkpoints_after_images_are_a_usage_error(call, trained, tmp_path):
+def test_skipped_files_are_named_and_checkpoints_after_images_are_a_usage_error(call, tmp_path):
     (tmp_path / "photos" / "7").mkdir(parents=True)
     seven().save(tmp_path / "photos" / "7" / "seven.png")
     (tmp_path / "photos" / "IMG_1.HEIC").touch()
-    process = call("evaluate.py", trained / "best_Model_3.pth", "--device", "cpu", "--images", "photos")
+    process = call("evaluate.py", WEIGHTS / "Model_3.pth", "--device", "cpu", "--images", "photos")
     assert process.stderr == "Skipped files (convert HEIC to JPEG): IMG_1.HEIC\n"
     assert process.stdout.startswith("photos/7/seven.png: 7 (")
     process = call("evaluate.py", "--images", "seven.png", "best.pth", check=False)

@@ -1,4 +1,4 @@
-"""Where things stand: what a module may import, and what adding a model takes."""
+"""The layout of the project: imports between modules, and how a model is added."""
 
 import ast
 import shutil
@@ -9,7 +9,7 @@ import pytest
 
 from conftest import ONE_THREAD, ROOT
 
-ALLOWED = {  # what of the project a module may import
+ALLOWED = {  # parts of the project that a module may import
     "models": {"models"},
     "support": {"models", "support"},
     "datafile": {"support"},

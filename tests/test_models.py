@@ -50,7 +50,7 @@ def test_gradient_reaches_every_parameter(model, images):
 
 
 def test_in_evaluation_an_image_does_not_depend_on_its_batch(model, images):
-    model(images)  # moves the running statistics of batch normalisation, where there are any
+    model(images)  # changes the running statistics of batch normalization, if any
     model.eval()
     together, alone = model(images), torch.cat([model(image[None]) for image in images])
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-4)
@@ -62,7 +62,7 @@ def test_one_image_is_a_batch_to_train_on(model, images):
 
 
 def test_a_blank_image_gives_finite_logits_and_gradients(model, images):
-    images[0] = -0.4242  # paper alone
+    images[0] = -0.4242  # background only
     images[1:3] = torch.tensor([0.0, 255.0]).view(2, 1, 1, 1)
     loss = nn.functional.cross_entropy(model(images.requires_grad_()), torch.arange(16) % 10)
     loss.backward()
@@ -70,22 +70,22 @@ def test_a_blank_image_gives_finite_logits_and_gradients(model, images):
 
 
 @pytest.mark.parametrize("name", ["Model_2", "Model_3"])
-def test_an_image_reads_the_same_in_any_scale(name, mnist):
+def test_logits_do_not_depend_on_the_value_range(name, mnist):
     torch.manual_seed(0)
-    model, normalised = getattr(models, name)(), mnist[2].dataset.tensors[0]
+    model, normalized = getattr(models, name)(), mnist[2].dataset.tensors[0]
     with torch.no_grad():
-        for batch in normalised[:1_000].split(100):
-            model(batch)  # moves the running statistics of batch normalisation, where there are any
-        expected = model.eval()(normalised).argmax(1)
+        for batch in normalized[:1_000].split(100):
+            model(batch)  # changes the running statistics of batch normalization, if any
+        expected = model.eval()(normalized).argmax(1)
         assert len(expected.unique()) > 1
-        bytes_ = (normalised * 0.3081 + 0.1307).mul(255).round().byte()
+        bytes_ = (normalized * 0.3081 + 0.1307).mul(255).round().byte()
         unit = bytes_ / 255
         for images in bytes_, bytes_.float(), unit, 2 * unit - 1, 0.2 * unit + 0.7:
             assert (model(images).argmax(1) != expected).sum() <= 5
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (28, 28), (2, 1, 27, 28), (2, 3, 28, 28), (2, 28, 28, 1)])
-def test_an_image_of_another_shape_is_refused_in_a_sentence(model, shape):
+def test_an_image_of_another_shape_is_rejected_with_a_message(model, shape):
     name = type(model).__name__
     expected = f"{name} takes images of shape (N, 1, 28, 28), not {torch.Size(shape)}"
     with pytest.raises(AssertionError, match=re.escape(expected)):
@@ -115,7 +115,7 @@ def test_model_3_is_as_described():
     assert dropouts and all(m.p > 0 for m in dropouts)
 
 
-def test_p4m_convolutions_follow_a_turned_and_a_mirrored_input():
+def test_p4m_convolutions_are_equivariant_to_rotation_and_reflection():
     torch.manual_seed(0)
     layers = nn.Sequential(
         P4MConv2d(1, 2, 6, stride=2, padding=2, orientations=1), P4MConv2d(2, 3, 3, padding=1)
@@ -155,7 +155,7 @@ def bar(top, left, height, width, slant):
 
 
 def moments(image):
-    """Centre, slant and standard deviations, across the slant and down, half a side being 1."""
+    """Center, slant and standard deviations, across the slant and down, half a side being 1."""
     axis = (torch.arange(28) - 13.5) / 14
     ink = image[0, 0] / image.sum()
     x, y = ink.sum(0) @ axis, ink.sum(1) @ axis
@@ -165,7 +165,7 @@ def moments(image):
 
 
 @pytest.mark.parametrize("top, left, height, width, slant", [(2, 14, 12, 5, 0.5), (9, 6, 17, 9, -0.3)])
-def test_deskew_centres_a_digit_and_removes_its_slant(top, left, height, width, slant):
+def test_deskew_centers_a_digit_and_removes_its_slant(top, left, height, width, slant):
     """It also moves the digit's size halfway, on a logarithmic scale, to that of one that fills the image."""
     image = bar(top, left, height, width, slant)
     *_, before_width, before_height = moments(image)
@@ -192,7 +192,7 @@ RECORDED = {  # of the first two test images
 
 
 def test_logits_are_those_recorded(model, mnist):
-    """What a row of README.md promises is not changed unnoticed: weights by a formula, no generator."""
+    """So that no change of the logits goes unnoticed. The weights come from a formula, not a generator."""
     for index, (name, tensor) in enumerate(model.state_dict().items()):
         if tensor.dim() > 1 or name.endswith("bias"):
             wave = torch.sin(torch.arange(tensor.numel()) * 1.7 + index).view_as(tensor)
@@ -226,7 +226,7 @@ def pruned(model, images):
 
 def traced(model, images):
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it is deprecated, and much used
+        warnings.simplefilter("ignore")  # deprecated, but widely used
         return torch.jit.trace(model, images)(images)
 
 
@@ -252,7 +252,7 @@ USES = {  # each gives the logits of these images, or of the first of them
 @pytest.mark.parametrize("use", USES)
 def test_a_model_is_an_ordinary_module(model, mnist, use):
     images = mnist[2].dataset.tensors[0][:16]
-    model(images)  # moves the running statistics of batch normalisation, where there are any
+    model(images)  # changes the running statistics of batch normalization, if any
     with torch.no_grad():
         expected = model.eval()(images)
         logits = USES[use](model, images)
@@ -294,7 +294,7 @@ def test_a_model_trains_under_autocast(model, mnist):
 @pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16])
 def test_in_half_precision_a_model_reads_the_same_digits(model, mnist, dtype):
     images = mnist[2].dataset.tensors[0][:256]
-    for _ in range(50):  # moves the running statistics of batch normalisation, where there are any
+    for _ in range(50):  # changes the running statistics of batch normalization, if any
         model(images)
     with torch.no_grad():
         expected = model.eval()(images)
@@ -305,7 +305,7 @@ def test_in_half_precision_a_model_reads_the_same_digits(model, mnist, dtype):
         assert (found.argmax(1) == expected.argmax(1)).float().mean() > 0.9
 
 
-def test_per_sample_gradients_are_those_of_each_sample_alone(model, mnist):
+def test_per_sample_gradients_equal_those_of_single_samples(model, mnist):
     images, labels = (tensor[:4] for tensor in mnist[2].dataset.tensors)
     parameters = dict(model.eval().named_parameters())
 

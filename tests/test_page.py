@@ -1,4 +1,4 @@
-"""The page to draw a digit on: its server alone, and in a real browser."""
+"""The drawing page: its server, and the page in a real browser."""
 
 import http.client
 import io
@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 import evaluate
-from conftest import seven
+from conftest import WEIGHTS, seven
 from support import checkpoint, page
 
 
 @pytest.fixture
-def port(trained, monkeypatch):
+def port(monkeypatch):
     """The port of the page's server, which reads with a trained Model_3; it ends as with Ctrl-C."""
     made = []
     monkeypatch.setattr(page.webbrowser, "open", made.append)
@@ -29,8 +29,8 @@ def port(trained, monkeypatch):
         return made[-1]
 
     monkeypatch.setattr(page, "make_server", make_server)
-    args = evaluate.parse_args([str(trained / "best_Model_3.pth"), "--draw", "--device", "cpu"])
-    models = [checkpoint.load(trained / "best_Model_3.pth")]
+    args = evaluate.parse_args([str(WEIGHTS / "Model_3.pth"), "--draw", "--device", "cpu"])
+    models = [checkpoint.load(WEIGHTS / "Model_3.pth")]
     serving = threading.Thread(target=evaluate.serve_page, args=(models, args))
     serving.start()
     while len(made) < 2:
@@ -56,20 +56,18 @@ def png(picture):
     return buffer.getvalue()
 
 
-def test_a_picture_is_read_as_from_a_file(port, trained, tmp_path, call):
+def test_a_picture_is_read_as_from_a_file(port, tmp_path, call):
     status, text = ask(port, png(seven()))
     answer = json.loads(text)
     seven().save(tmp_path / "seven.png")
-    output = call(
-        "evaluate.py", trained / "best_Model_3.pth", "--device", "cpu", "--images", "seven.png"
-    ).stdout
+    output = call("evaluate.py", WEIGHTS / "Model_3.pth", "--device", "cpu", "--images", "seven.png").stdout
     probabilities = answer["probabilities"]
     assert status == 200 and len(answer["image"]) == 784 and max(answer["image"]) == 255
     assert probabilities.index(max(probabilities)) == 7 and sum(probabilities) == pytest.approx(1)
     assert f"seven.png: 7 ({100 * max(probabilities):.1f} %), " in output
 
 
-def test_what_is_no_picture_is_a_status_and_a_sentence_and_the_server_goes_on(port):
+def test_an_invalid_image_gets_a_status_and_a_message_and_the_server_keeps_running(port):
     for body, status, sentence in [
         (b"7", 422, "the drawing is not an image that can be read"),
         (b"", 422, "the drawing is not an image that can be read"),
@@ -84,7 +82,7 @@ def test_what_is_no_picture_is_a_status_and_a_sentence_and_the_server_goes_on(po
     assert ask(port, png(seven()))[0] == 200
 
 
-def test_no_other_site_and_no_other_path_is_answered(port):
+def test_other_sites_and_other_paths_are_rejected(port):
     picture = png(seven())
     assert ask(port, method="GET")[1].startswith("<!DOCTYPE html>")
     assert ask(port, picture, Origin=f"http://127.0.0.1:{port}")[0] == 200
@@ -101,8 +99,8 @@ def test_no_other_site_and_no_other_path_is_answered(port):
     assert ask(port, method="GET", path="/../train.py")[0] == 404
 
 
-def test_whoever_sends_too_much_still_gets_the_answer(port):
-    large = bytes(8_000_000)  # more than the system keeps for a connection
+def test_a_client_that_sends_too_much_still_gets_the_answer(port):
+    large = bytes(8_000_000)  # more than the socket's buffers hold
     for _ in range(10):
         assert ask(port, large) == (413, "Content-Length must be given and at most 1,000,000 bytes")
         assert ask(port, large, Origin="https://evil.example")[0] == 403
@@ -121,7 +119,7 @@ def test_twenty_requests_at_once_and_a_client_that_hangs_up(port):
     assert {status for status, _ in answers} == {200} and len({text for _, text in answers}) == 1
 
 
-def test_a_port_that_is_taken_is_passed_over(port):
+def test_a_free_port_is_used_if_the_usual_one_is_taken(port):
     other = page.make_server(None)
     assert other.server_port != port and other.server_address[0] == "127.0.0.1"
     other.server_close()
@@ -186,7 +184,7 @@ class Drawer:
         return self.answer()
 
     def answer(self):
-        """The digit whose bar is the longest, once the page has nothing more to ask."""
+        """The digit with the longest bar, once no request is pending."""
         deadline = time.monotonic() + 10
         while self.browser.execute_script("return busy || asked !== changes"):
             assert time.monotonic() < deadline
@@ -195,7 +193,7 @@ class Drawer:
         return int(best[0].text) if best else None
 
     def ink(self):
-        """How much ink the model saw, of 784 pixels."""
+        """The amount of ink that the model saw, in pixels."""
         script = "return [...seen.getImageData(0, 0, 28, 28).data].filter((_, i) => i % 4 === 0)"
         return sum(self.browser.execute_script(script)) / 255
 
@@ -257,7 +255,7 @@ def test_the_time_from_the_end_of_a_stroke_to_the_bars_is_measured(port, browser
 
 
 @pytest.mark.parametrize("width, height", [(390, 844), (844, 390), (1280, 720), (360, 640)])
-def test_everything_fits_without_scrolling_and_follows_the_dark(port, browser, width, height):
+def test_everything_fits_without_scrolling_and_follows_dark_mode(port, browser, width, height):
     metrics = {"width": width, "height": height, "deviceScaleFactor": 2, "mobile": width < 1000}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
     dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
@@ -276,7 +274,7 @@ def test_everything_fits_without_scrolling_and_follows_the_dark(port, browser, w
     assert color == "rgb(255, 255, 255)"
 
 
-def test_where_the_server_has_gone_the_page_says_so(trained, browser):
+def test_the_page_says_if_the_server_has_stopped(browser):
     server = page.make_server(lambda content: {"probabilities": [0.1] * 10, "image": [0] * 784, "remark": ""})
     threading.Thread(target=server.serve_forever).start()
     drawer = Drawer(browser, server.server_port)

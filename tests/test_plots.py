@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import models
-from conftest import seven
+from conftest import WEIGHTS, seven
 from support import plots
 
 
@@ -80,10 +80,10 @@ def test_the_users_own_matplotlib_settings_are_ignored(tmp_path, monkeypatch):
     assert path.exists() and matplotlib.rcParams["text.usetex"] is True
 
 
-def test_pictures_are_drawn_small(call, fit, trained, small_data, tmp_path):
+def test_pictures_are_drawn_small(call, fit, small_data, tmp_path):
     seven().save(tmp_path / "seven.png")
-    model, options = trained / "best_Model_1.pth", ("--device", "cpu", "--plot", "plots")
-    call("evaluate.py", model, trained / "best_Model_3.pth", "--data-dir", small_data, *options)
+    model, options = WEIGHTS / "Model_1.pth", ("--device", "cpu", "--plot", "plots")
+    call("evaluate.py", model, WEIGHTS / "Model_3.pth", "--data-dir", small_data, *options)
     call("evaluate.py", model, "--images", *["seven.png"] * 3, *options)
     output = fit("--model", "Model_1", "--epochs", 2, "--runs", 2, "--plot", "plots").stdout
     names = {"confusion", "mistakes", "filters", "seen"}
@@ -96,22 +96,20 @@ def test_pictures_are_drawn_small(call, fit, trained, small_data, tmp_path):
 @pytest.mark.parametrize(
     "content, reason",
     [
-        (None, "requires matplotlib: pip install matplotlib"),
+        (None, "requires matplotlib (pip install matplotlib): No module named 'matplotlib'"),
         ("raise ImportError('numpy.core failed to import\\nsecond line')", "numpy.core failed to import"),
         ("import numpy.no_such_module", "No module named 'numpy.no_such_module'"),
         ("raise AttributeError('_ARRAY_API not found')", "_ARRAY_API not found"),
     ],
 )
-def test_a_missing_or_broken_matplotlib_is_one_sentence(
-    call, trained, tmp_path, monkeypatch, content, reason
-):
+def test_a_missing_or_broken_matplotlib_is_a_one_line_error(call, tmp_path, monkeypatch, content, reason):
     missing = "raise ModuleNotFoundError(\"No module named 'matplotlib'\", name='matplotlib')"
     (tmp_path / "matplotlib.py").write_text(content or missing)
     monkeypatch.syspath_prepend(tmp_path)
     for name in list(sys.modules):
         if name.split(".")[0] == "matplotlib":
             monkeypatch.delitem(sys.modules, name)
-    for arguments in ("train.py",), ("evaluate.py", trained / "best_Model_1.pth"):
+    for arguments in ("train.py",), ("evaluate.py", WEIGHTS / "Model_1.pth"):
         process = call(*arguments, "--plot", "plots", check=False)
         assert process.returncode == 1 and process.stdout == ""
         assert process.stderr.startswith(f"{arguments[0]}: error: --plot requires matplotlib")

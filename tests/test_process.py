@@ -17,7 +17,7 @@ import torch
 from nbclient import NotebookClient
 
 import train
-from conftest import BLOCK, ONE_THREAD, ROOT, end, same, saved_states, wait_for
+from conftest import BLOCK, ONE_THREAD, ROOT, WEIGHTS, end, same, saved_states, wait_for
 from support import checkpoint, device, flags, startup
 
 fcntl = pytest.importorskip("fcntl", reason="signals, locks and shells as on Linux and macOS")
@@ -68,10 +68,10 @@ def test_a_second_signal_does_not_interrupt_the_message_of_the_first(start):
 
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGINT"])
 def test_a_signal_that_was_ignored_at_the_start_stays_ignored(start, name):
-    """As under nohup, and in the background of a script."""
+    """As with nohup, and in the background of a script."""
     number = getattr(signal, name)
     running = start("--model", "Model_1", preexec_fn=lambda: signal.signal(number, signal.SIG_IGN))
-    while running.poll() is None:  # from the first moment on, imports included
+    while running.poll() is None:  # from the start, imports included
         running.send_signal(number)
         time.sleep(0.02)
     output, errors = end(running)
@@ -90,7 +90,7 @@ def test_ctrl_c_during_the_imports_leaves_no_traceback(start):
 
 
 def notebook(*cells, cwd):
-    """Runs cells in a real kernel; returns what each printed, errors included."""
+    """Runs cells in a real kernel; returns the output of each, errors included."""
     book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     NotebookClient(book, timeout=120, allow_errors=True, resources={"metadata": {"path": cwd}}).execute()
     return [
@@ -124,13 +124,13 @@ def test_both_scripts_run_in_a_notebook_and_leave_it_as_it_was(tmp_path, small_d
     assert outputs[6] == "the kernel lives\n"
 
 
-def test_a_stream_that_cannot_encode_a_character_gets_another(run, trained, small_data, tmp_path):
+def test_a_stream_that_cannot_encode_a_character_gets_another(run, small_data, tmp_path):
     ascii_only = ONE_THREAD | {"PYTHONIOENCODING": "ascii"}
     options = "--model", "Model_1", "--epochs", 1, "--runs", 2, "--data-dir", small_data, "--device", "cpu"
     assert re.search(r"mean \? sd .* \? .*\n.*\nensemble", run("train.py", *options, env=ascii_only).stdout)
     for name in "ä.png", "b.png":
         (tmp_path / name).write_bytes((ROOT / "support" / "pictures" / "nine.png").read_bytes())
-    model = trained / "best_Model_1.pth"
+    model = WEIGHTS / "Model_1.pth"
     output = run("evaluate.py", model, "--images", "ä.png", "b.png", env=ascii_only).stdout
     assert [line[0] for line in output.splitlines()] == ["?", "b"]
 
@@ -141,7 +141,7 @@ def shell(command, tmp_path):
     )
 
 
-def test_a_standard_output_that_fails_is_one_sentence_and_the_run_is_saved(small_data, tmp_path):
+def test_a_standard_output_that_fails_is_a_one_line_error_and_the_run_is_saved(small_data, tmp_path):
     options = f"--model Model_1 --epochs 3 --data-dir {small_data} --device cpu"
     command = f"{sys.executable} {ROOT}/train.py {options}"
     ended = shell(f"{command} >/dev/full; exit $?", tmp_path)
@@ -162,16 +162,16 @@ def test_a_standard_output_that_fails_is_one_sentence_and_the_run_is_saved(small
     assert len(saved_states(tmp_path / "closed")["last_Model_1.pth"]["state"]["history"]) == 3
 
 
-def test_without_standard_error_it_trains_without_a_bar(small_data, tmp_path, trained):
+def test_without_standard_error_it_trains_without_a_bar(small_data, tmp_path):
     options = f"--model Model_1 --epochs 1 --data-dir {small_data} --device cpu"
     ended = shell(f"{sys.executable} {ROOT}/train.py {options} 2>&-", tmp_path)
     assert ended.returncode == 0 and len(BLOCK.findall(ended.stdout)) == 1
-    command = f"{sys.executable} {ROOT}/evaluate.py {trained}/best_Model_1.pth --images missing.png 2>&-"
+    command = f"{sys.executable} {ROOT}/evaluate.py {WEIGHTS}/Model_1.pth --images missing.png 2>&-"
     ended = shell(command, tmp_path)
     assert (ended.returncode, ended.stdout) == (1, "")
 
 
-def test_of_two_runs_in_one_folder_the_second_says_so_and_stops(start, fit, tmp_path):
+def test_a_second_run_in_one_directory_stops_with_a_message(start, fit, tmp_path):
     first = start("--epochs", 1_000)
     wait_for(first, "Images")
     second = fit("--epochs", 1, check=False)
@@ -181,7 +181,7 @@ def test_of_two_runs_in_one_folder_the_second_says_so_and_stops(start, fit, tmp_
     fit("--epochs", 1, "--output-dir", "elsewhere")
     first.kill()
     first.wait()
-    assert fit("--epochs", 1).stderr == ""  # a dead run locks nothing
+    assert fit("--epochs", 1).stderr == ""  # a terminated run holds no lock
 
 
 @pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK, errno.EBADF, errno.EINVAL, errno.EPERM])
@@ -217,7 +217,7 @@ def test_a_file_system_that_deletes_nothing_is_written_to(fit, monkeypatch):
     ],
     ids=repr,
 )
-def test_only_expected_errors_are_one_sentence(fit, call, trained, monkeypatch, error, expected):
+def test_only_expected_errors_are_one_line(fit, call, monkeypatch, error, expected):
     def fail(*arguments, **options):
         raise error
 
@@ -225,7 +225,7 @@ def test_only_expected_errors_are_one_sentence(fit, call, trained, monkeypatch, 
     monkeypatch.setattr("evaluate.predict", fail)
     for run, advice in (
         (lambda: fit("--epochs", 1, check=False), "try a smaller --batch-size or another --device"),
-        (lambda: call("evaluate.py", trained / "best_Model_1.pth", check=False), "choose another --device"),
+        (lambda: call("evaluate.py", WEIGHTS / "Model_1.pth", check=False), "choose another --device"),
     ):
         if expected:
             assert f"error: out of memory: {advice}\n" in run().stderr
@@ -234,7 +234,7 @@ def test_only_expected_errors_are_one_sentence(fit, call, trained, monkeypatch, 
                 run()
 
 
-def test_a_batch_too_large_for_any_machine_is_one_sentence(fit, monkeypatch):
+def test_a_batch_too_large_for_any_machine_is_a_one_line_error(fit, monkeypatch):
     """PyTorch's own error."""
     monkeypatch.setattr(train, "augment", lambda images, background: images.new_empty(10**15))
     assert "error: out of memory: " in fit("--epochs", 1, check=False).stderr
@@ -353,7 +353,7 @@ def test_paths_are_expanded_as_a_shell_does(tmp_path, monkeypatch, call):
 
 @pytest.mark.parametrize("module", ["torch", "torchvision", "tqdm", "torchsummary"])
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
-def test_a_missing_module_is_one_sentence_with_the_command(module, script):
+def test_a_missing_module_is_a_one_line_error_with_the_command(module, script):
     code = "import importlib.util as u, runpy, sys; find = u.find_spec; "
     code += f"u.find_spec = lambda name, *rest: None if name == {module!r} else find(name, *rest); "
     code += f"sys.path.insert(0, {str(ROOT)!r}); runpy.run_path({str(ROOT / script)!r}, run_name='__main__')"
@@ -376,15 +376,14 @@ def weights(folder):
     return {name: state for name, state in saved_states(folder).items() if name.startswith("best")}
 
 
-def test_workers_share_the_runs_and_give_the_bits_of_one(small_data, tmp_path):
-    outputs = []
-    for number in 1, 3:
-        running = workers(number, tmp_path, small_data, "--epochs", 2, "--runs", 4, "--output-dir", number)
-        output, errors = running.communicate()
-        assert running.returncode == 0, errors
-        outputs.append(output[output.index("\nModel_1   ") :])
-    assert outputs[0] == outputs[1] and "ensemble" in outputs[0]
-    assert same(weights(tmp_path / "1"), weights(tmp_path / "3"))
+def test_workers_share_the_runs_and_give_the_bits_of_one_process(small_data, fit, tmp_path):
+    options = "--epochs", 2, "--runs", 4, "--output-dir"
+    running = workers(3, tmp_path, small_data, *options, "shared")
+    output, errors = running.communicate()
+    assert running.returncode == 0, errors
+    expected = fit("--model", "Model_1", *options, "whole").stdout
+    assert output[output.index("\nModel_1   ") :] == expected[expected.index("\nModel_1   ") :]
+    assert "ensemble" in output and same(weights(tmp_path / "shared"), weights(tmp_path / "whole"))
 
 
 def children(pid):
@@ -393,7 +392,7 @@ def children(pid):
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
 def test_a_killed_worker_costs_only_its_unfinished_run(small_data, fit, tmp_path):
-    options = "--epochs", 25, "--runs", 3
+    options = "--epochs", 12, "--runs", 3
     running = workers(2, tmp_path, small_data, *options, "--output-dir", "killed")
     while not (tmp_path / "killed" / "best_Model_1_seed1.pth").exists():
         assert running.poll() is None

@@ -24,12 +24,12 @@ def flags_of(script, capsys):
     return set(re.findall(r"--[a-z-]+", capsys.readouterr().out)) - {"--help"}
 
 
-def test_every_flag_is_in_the_table_and_no_other(capsys):
+def test_the_table_of_flags_has_every_flag_and_no_other(capsys):
     cells = re.findall(r"^\| (`--.*?) \|", SECTIONS["Train"].split("**Resume.**")[0], re.MULTILINE)
     assert set(re.findall(r"--[a-z-]+", " ".join(cells))) == flags_of(train, capsys)
 
 
-def test_each_flag_of_evaluate_is_shown(capsys):
+def test_each_flag_of_evaluate_is_in_readme(capsys):
     assert all(flag in SECTIONS["Use"] for flag in flags_of(evaluate, capsys))
 
 

@@ -38,7 +38,7 @@ def test_a_small_run_prints_learns_and_saves_a_plain_state_dict(name, fit, tmp_p
     assert int(epoch) == validation.index(max(validation)) + 1
     assert output.endswith(TEST_LINE.search(output)[0])
 
-    # What was printed is what plain PyTorch gets out of the file.
+    # Plain PyTorch gets the printed accuracy from the file.
     model = getattr(models, name)()
     model.load_state_dict(torch.load(tmp_path / file, weights_only=True))
     images, labels = (tensor[:1_000] for tensor in datafile.get_loaders()[2].dataset.tensors)
@@ -68,7 +68,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not(fit, tmp_pa
     assert same(first, again) and not same(first, other)
 
 
-def test_all_trains_each_model_as_if_it_were_alone(fit, tmp_path):
+def test_all_trains_each_model_as_a_run_of_its_own(fit, tmp_path):
     output = fit("--epochs", 1, "--model", "all", "--output-dir", "all").stdout
     assert [found[2] for found in TEST_LINE.findall(output)] == [f"best_{name}.pth" for name in train.RECIPES]
     fit("--epochs", 1, "--output-dir", "one")
@@ -77,7 +77,7 @@ def test_all_trains_each_model_as_if_it_were_alone(fit, tmp_path):
 
 
 def test_early_stopping_and_a_lowered_rate_are_announced(fit):
-    """At a rate of 2e-8 the validation accuracy stands still from the first epoch on."""
+    """At a learning rate of 2e-8 the validation accuracy is constant from the first epoch on."""
     options = "--model", "Model_1", "--lr", "2e-8"
     output = fit(*options, "--epochs", 6).stdout
     assert len(BLOCK.findall(output)) == 6
@@ -85,9 +85,9 @@ def test_early_stopping_and_a_lowered_rate_are_announced(fit):
     assert len(blocks_before) == 5  # four are no better than the first: one more than patience
     output = fit(*options, "--epochs", 6, "--early-stopping", 2).stdout
     assert len(BLOCK.findall(output)) == 3 and "\nEarly stopping: " in output
-    assert TEST_LINE.search(output)[2] == "3"  # of equals the last, which has been trained for longer
+    assert TEST_LINE.search(output)[2] == "3"  # on ties the last one, which has been trained for longer
 
-    # An interruption does not begin the count anew.
+    # An interruption does not reset the count.
     options = *options, "--early-stopping", 3, "--resume", "--output-dir", "resumed"
     assert "Early stopping" not in fit(*options, "--epochs", 2).stdout
     output = fit(*options, "--epochs", 9).stdout
@@ -125,7 +125,7 @@ def test_no_augment_trains_on_the_images_as_they_are(fit, tmp_path, monkeypatch)
     assert same(augmented, default) and not same(augmented, plain)
 
 
-def test_a_bar_is_drawn_on_a_terminal_and_nowhere_else(small_data, tmp_path):
+def test_a_bar_is_drawn_on_a_terminal_only(small_data, tmp_path):
     pty, termios = (pytest.importorskip(name, reason="Windows has none") for name in ("pty", "termios"))
     options = ["--model", "Model_1", "--epochs", "1", "--data-dir", str(small_data), "--device", "cpu"]
     terminal, its_end = pty.openpty()
@@ -158,7 +158,7 @@ class Reads(TorchDispatchMode):
 
 @pytest.fixture
 def epoch():
-    """Trains Model_3 for an epoch on these batches of noise; returns what `train_epoch` does."""
+    """Trains Model_3 for an epoch on these batches of noise; returns the result of `train_epoch`."""
     torch.manual_seed(0)
     model = models.Model_3()
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
@@ -184,7 +184,7 @@ def test_an_epoch_never_waits_for_the_device(epoch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_on_cuda_no_step_waits_for_the_device():
     class Watched(list):
-        """A loader during whose epoch each wait for the device is an error; at the epoch's end it is none."""
+        """A loader: within its epoch, each synchronization with the device is an error."""
 
         def __iter__(self):
             torch.cuda.set_sync_debug_mode("error")
@@ -238,7 +238,7 @@ def test_the_warm_up_takes_a_hundred_steps():
 
 
 def table(output):
-    """The rows of the table at the end, each a name and what follows it."""
+    """The rows of the table at the end, each a name and its columns."""
     (text,) = re.findall(r"\nModel_\w+ +Validation +Test\n(.*)\Z", output, re.DOTALL)
     return dict(re.split(r"  +", line, maxsplit=1) for line in text.splitlines())
 
@@ -259,7 +259,7 @@ def test_runs_and_folds_end_with_a_table_and_the_ensemble(fit, tmp_path):
     assert float(spread[:-1]) == pytest.approx(torch.tensor(tests).std().item(), abs=0.01)
     assert float(rows["lowest"].split()[1][:-1]) == min(tests)
 
-    # The ensemble's accuracy is what the saved files give.
+    # The saved files give the ensemble's accuracy.
     images, labels = (tensor[:1_000] for tensor in datafile.get_loaders()[2].dataset.tensors)
     classifiers = [checkpoint.load(tmp_path / f"best_Model_1_seed{seed}.pth") for seed in (4, 5, 6)]
     with torch.no_grad():
@@ -303,7 +303,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize("arguments, status, named", MISTAKES, ids=lambda value: str(value))
-def test_a_mistake_is_one_sentence_and_leaves_everything_alone(arguments, status, named, tmp_path, call):
+def test_a_usage_error_is_one_line_and_changes_nothing(arguments, status, named, tmp_path, call):
     (tmp_path / "a_file").write_text("mine")
     (tmp_path / "best_Model_3.pth").write_text("mine too")
     raw_dir = tmp_path / "broken" / "MNIST" / "raw"
@@ -326,7 +326,7 @@ def test_a_failure_is_one_line_on_standard_error_and_status_1(run):
     assert process.stderr.startswith("train.py: error: ") and process.stderr.count("\n") == 1
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_best_model(fit, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best_model(fit, tmp_path):
     (tmp_path / "best_Model_1.pth").write_text("mine")
     process = fit("--model", "Model_1", "--lr", "1e30", check=False)
     assert process.returncode == 1
@@ -338,7 +338,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_spares_the_best_model(fit, t
 
 
 def test_weights_that_are_not_finite_after_an_epochs_last_step_are_not_saved(fit, tmp_path):
-    """The only step of the epoch has a good loss, and spoils the weights."""
+    """The only step of the epoch has a finite loss, but makes the weights infinite."""
     process = fit("--model", "Model_1", "--lr", "1e38", "--batch-size", 2_000, check=False)
     sentence = "train.py: error: the loss became nan after epoch 1, at learning rate 1e+38: "
     assert process.returncode == 1 and process.stderr.startswith(sentence)
@@ -361,7 +361,7 @@ def test_without_docstrings_and_with_torchruns_leftovers_it_runs(run, small_data
     assert len(BLOCK.findall(run("train.py", *options, env=stale).stdout)) == 1
 
 
-def test_an_older_python_is_named_in_one_sentence():
+def test_an_older_python_is_a_one_line_error():
     code = f"import sys, runpy; sys.version_info = (3, 9, 1); sys.path.insert(0, {str(ROOT)!r}); "
     for script in "train.py", "evaluate.py":
         command = [
@@ -440,7 +440,7 @@ def test_a_narrow_terminal_shows_loss_and_accuracy(small_data, tmp_path, monkeyp
     assert "loss 0.293, 92.11%" in text and len(text) <= 40
 
 
-def test_resuming_with_another_data_set_is_refused(fit, small_data, tmp_path):
+def test_resuming_with_another_data_set_is_rejected(fit, small_data, tmp_path):
     fit("--model", "Model_1", "--epochs", 1)
     other = shutil.copytree(small_data, tmp_path / "other")
     path = other / "MNIST" / "raw" / "train-images-idx3-ubyte"
@@ -463,6 +463,6 @@ def test_resuming_with_another_data_set_is_refused(fit, small_data, tmp_path):
         (["--output-dir", "a_file"], "a_file is not a directory"),
     ],
 )
-def test_a_mistake_says_what_to_type(arguments, sentence, call, tmp_path):
+def test_a_usage_error_says_what_to_type(arguments, sentence, call, tmp_path):
     (tmp_path / "a_file").touch()
     assert call("train.py", *arguments, check=False).stderr.splitlines()[-1] == f"train.py: error: {sentence}"

@@ -1,9 +1,9 @@
-"""What one ingredient of Model_3's recipe is worth: train.py without it.
+"""Ablations: train.py without one ingredient of Model_3's recipe.
 
     python tests/measure/ablation.py deskewing --runs 3 --output-dir without_deskewing
     torchrun --nproc-per-node=2 tests/measure/ablation.py symmetry --runs 3 --output-dir without_symmetry
 
-The first argument says what to leave out; the others are train.py's.
+The first argument is the ingredient to leave out; the others are train.py's.
 """
 
 import sys
@@ -20,7 +20,7 @@ from models.layers import Deskew  # noqa: E402
 
 
 class Paper(nn.Module):
-    """What is left of `Deskew` without its effect: the paper at 0."""
+    """Replaces `Deskew`: only moves the background to 0."""
 
     def forward(self, images):
         return images + datafile.MEAN / datafile.STD
@@ -55,6 +55,6 @@ VARIANTS = {function.__name__: function for function in (deskewing, symmetry, av
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1] not in VARIANTS:
-        sys.exit(f"ablation.py: error: say what to leave out: {', '.join(VARIANTS)}")
+        sys.exit(f"ablation.py: error: choose an ingredient to leave out: {', '.join(VARIANTS)}")
     VARIANTS[sys.argv.pop(1)]()
     train.main()

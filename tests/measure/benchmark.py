@@ -1,11 +1,11 @@
-"""What this project costs, in ratios to what it could cost: the figures of README.md's speed table.
+"""Speed and memory relative to baselines: the speed table of tests/measure/README.md.
 
     python tests/measure/benchmark.py          # all rows, about 25 minutes, nothing else running
     python tests/measure/benchmark.py 1 2 4    # these rows
 
 Both sides of a ratio are measured in turn, after a first round that is not counted; a figure is the
 median of the ratios of three rounds or more, so that a slow minute of the machine weighs on both sides.
-Trainings run on CUDA where there is one.
+Training runs on CUDA if it is available.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ def timed(function):
 
 
 def rounds_of_seconds(*functions, rounds=3):
-    """The times of the functions, called in turn, a tuple a round; the first round is left out."""
+    """The times of the functions, called in turn, a tuple per round; the first round is left out."""
     return [tuple(map(timed, functions)) for _ in range(1 + rounds)][1:]
 
 
@@ -119,7 +119,7 @@ def step_against_peak():
         step()
     times = rounds_of_seconds(step, lambda: (matrix @ matrix)[0, 0].item(), rounds=50)
     step_time, product_time = map(statistics.median, zip(*times, strict=True))
-    # Of the convolutions alone: the products of P4MReadout are mostly with zeros.
+    # Of the convolutions only: the products of P4MReadout are mostly with zeros.
     counts = counter.get_flop_counts()["Global"]
     flops = sum(count for kind, count in counts.items() if "convolution" in str(kind)) / step_time
     peak = 2 * 2048**3 / product_time
@@ -230,7 +230,7 @@ ONE_EPOCH = ROOT / "train.py", "--epochs", 1
 
 
 def two_with_nothing_set():
-    """7: each of two runs at once, with nothing set in the environment, over one alone"""
+    """7: each of two concurrent runs over a single run, with no settings in the environment"""
 
     def together():
         with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
@@ -241,7 +241,7 @@ def two_with_nothing_set():
 
 
 def beside_a_busy_process():
-    """8: a run beside a process that never waits, over one alone"""
+    """8: a run beside a busy process over a single run"""
 
     def beside():
         with tempfile.TemporaryDirectory() as folder:
@@ -268,7 +268,7 @@ ROWS = [
 
 
 def cpu_name():
-    """The processor's name, where the system tells it."""
+    """The name of the processor, if known."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(": ")[1] for line in lines if line.startswith("model name"))

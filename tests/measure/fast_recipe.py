@@ -1,5 +1,5 @@
-"""The fastest public recipe for about 99 % on MNIST, in its plainest form: what tests/measure/benchmark.py 7
-measures against.
+"""The fastest public recipe for about 99 % on MNIST, in its plainest form: the baseline of
+tests/measure/benchmark.py 6.
 
     python tests/measure/fast_recipe.py
 

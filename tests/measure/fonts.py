@@ -37,7 +37,7 @@ FONT_FOLDER = Path("/usr/share/fonts")
 
 
 def text(font_name, digit, pen):
-    """Returns a picture (grey, 255 for ink) of a digit, from a pen thicker than the font's own."""
+    """Returns a picture (gray, 255 for ink) of a digit, from a pen thicker than the font's own."""
     font = ImageFont.truetype(FONT_FOLDER / font_name, 400)
     picture = Image.new("L", (1000, 1000))
     ImageDraw.Draw(picture).text((500, 500), str(digit), fill=255, font=font, anchor="mm", stroke_width=pen)
@@ -45,7 +45,7 @@ def text(font_name, digit, pen):
 
 
 def lines(strokes, pen):
-    """Returns a picture (grey, 255 for ink) of strokes, each a list of points, on a page of 1,000 pixels."""
+    """Returns a picture (gray, 255 for ink) of strokes, each a list of points, on a page of 1,000 pixels."""
     picture = Image.new("L", (1000, 1000))
     draw = ImageDraw.Draw(picture)
     for points in strokes:
@@ -115,10 +115,10 @@ def save(picture, name, folder, generator):
             alpha = torch.maximum(alpha, stain(side, generator))
         paper, pen = (light, dark) if dark_ink else (dark, light)
         tint = torch.tensor([generator.uniform(0.8, 1) for _ in range(3)])[:, None, None]
-        colours = paper * tint * (1 - alpha) + pen * alpha
+        colors = paper * tint * (1 - alpha) + pen * alpha
         if kind == "photo":
-            colours = colours * uneven(side, generator) + 6 * torch.randn(1, side, side)
-        picture = to_pil_image(colours.clamp(0, 255).byte())
+            colors = colors * uneven(side, generator) + 6 * torch.randn(1, side, side)
+        picture = to_pil_image(colors.clamp(0, 255).byte())
         if kind == "photo":
             picture = picture.filter(ImageFilter.GaussianBlur(side / 300))
             path = path.with_suffix(".jpg")
@@ -130,7 +130,7 @@ def draw_all(folder, seed=0):
     """Draws each digit with each font, and as many ones and sevens as people write them in Europe.
 
     Returns:
-        A dict from what was drawn to pairs of a path and the digit, an int.
+        A dict from the kind of drawing to pairs of a path and the digit, an int.
     """
     generator = random.Random(seed)
     torch.manual_seed(seed)

@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node=2 tests/measure/weights.py
 
-About a quarter of an hour on two cores. The lowest seed wins ties; the test set has no say.
+About a quarter of an hour on two cores. The lowest seed wins ties; the test set is not used.
 """
 
 import shutil
