@@ -119,15 +119,19 @@ def frames():
 
 
 def ruled_paper():
-    for step, grid, pen in itertools.product((30, 45, 60), (False, True), (8, 12)):
+    blues, reds = (
+        ((150, 180, 225), (90, 110, 160), (40, 40, 60)),
+        ((230, 120, 120), (200, 60, 60), (120, 30, 30)),
+    )
+    for step, grid, pen, shade in itertools.product((30, 45, 60), (False, True), (8, 12), (0, 1, 2)):
         image = Image.new("RGB", (400, 400), (252, 250, 245))
         page = ImageDraw.Draw(image)
         for place in range(step // 2, 400, step):
-            page.line([(0, place), (400, place)], fill=(150, 180, 225), width=2)
+            page.line([(0, place), (400, place)], fill=blues[shade], width=2)
             if grid:
-                page.line([(place, 0), (place, 400)], fill=(150, 180, 225), width=2)
+                page.line([(place, 0), (place, 400)], fill=blues[shade], width=2)
         if not grid:
-            page.line([(70, 0), (70, 400)], fill=(230, 120, 120), width=2)
+            page.line([(70, 0), (70, 400)], fill=reds[shade], width=2)
         mask = draw((400, 400), [[(x + 20, y + 50) for x, y in stroke] for stroke in SEVEN], pen, 0, 255)
         image.paste((30, 30, 60), mask=mask)
         yield image, 7
