@@ -76,7 +76,7 @@ def add_upstrokes(ones, generator):
     rows = (ink > 0.5).any(2, keepdim=True)
     height, top = rows.sum(1, keepdim=True), rows.int().argmax(1, keepdim=True)
     radius = mass / height.clamp(min=1) / (1 + slant**2).sqrt() / 2
-    # Coordinates relative to the top of the stem, where the stroke begins.
+    # Coordinates relative to the top of the stem, the start of the stroke.
     x, y = x - slant * (top + radius - mean(down)), down - top - radius
     length, angle = torch.rand(2, len(ones), 1, 1, generator=generator)
     length, angle = height * (0.3 + 0.35 * length), torch.deg2rad(35 + 25 * angle)
