@@ -14,7 +14,6 @@ SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".
 TRANSPOSE = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # from EXIF orientation to `Image.Transpose`
 MAX_AREA = 1024 * 1024  # pixels of an image in memory
 SIDE = 128  # the background is subtracted in an image of about SIDE x SIDE pixels
-LONGEST_CONTACT = 20  # pixels of the edge of that image that a stroke may touch
 
 
 class DrawingError(ValueError):
@@ -309,14 +308,14 @@ def otsu_threshold(values):
 def large_components(ink):
     """Returns the pixels, bool (H, W), of the connected components with a tenth of the largest one's ink.
 
-    Components that touch the edge of the image for longer than a stroke does, such as frames and shadows, do
-    not count if another one has 0.3 of the largest one's ink.
+    Components that touch the edge of the image for more than a side, such as frames and shadows, do not
+    count if another one has 0.3 of the largest one's ink.
     """
     labels = label_components(ink > 0.3)
     sums = torch.zeros(ink.numel() + 1).index_add_(0, labels.flatten(), ink.flatten())
     sums[0] = 0  # the background
     inside = sums.clone()
-    inside[border(labels).bincount(minlength=len(sums)) > LONGEST_CONTACT] = 0
+    inside[border(labels).bincount(minlength=len(sums)) > SIDE] = 0
     if inside.max() > 0.3 * sums.max():
         sums = inside
     return (sums >= sums.max() / 10)[labels] & (labels > 0)

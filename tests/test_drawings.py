@@ -206,6 +206,13 @@ def test_a_stroke_that_runs_off_the_image_is_kept():
     assert image[:, image.sum(0).nonzero()[-2:]].sum() > 10  # the stem, on the right
 
 
+def test_a_stroke_along_the_edge_of_the_image_is_kept():
+    five = [[(60, 82), (60, 110), (100, 110), (120, 140), (100, 170), (60, 170)], [(60, 56), (130, 56)]]
+    page = handwriting.draw((200, 200), five, 8)
+    expected, image = (drawings.read_drawing(page.crop((0, top, 200, 200))) for top in (0, 54))
+    assert (expected.float() - image.float()).abs().mean() < 10
+
+
 def test_an_image_of_any_size_is_read_or_raises_drawing_error():
     generator = random.Random(0)
     for _ in range(75):
