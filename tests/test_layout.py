@@ -20,7 +20,6 @@ MODULES = [
     *ROOT.glob("*.py"),
     *ROOT.glob("models/*.py"),
     *ROOT.glob("support/*.py"),
-    *ROOT.glob("support/ec2/*.py"),
 ]
 
 
