@@ -10,6 +10,7 @@ kept on the device as one tensor; a batch is a single indexing operation.
 import gzip
 import hashlib
 import math
+import shutil
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -18,7 +19,8 @@ import torch
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 from torchvision import datasets
 
-from support.augmentation import add_upstrokes
+from support.augmentation import UPSTROKES, add_upstrokes
+from support.process import RunError
 
 DATA_DIR = Path(__file__).resolve().parent / "data"
 FILES = [
@@ -31,10 +33,9 @@ MNIST_DIGEST = "6ec8b2bda93d92536a92256ebf1a467ebbbf3d2091d83fd0148536a007e75caa
 MEAN, STD = 0.1307, 0.3081  # of the training images' pixels, as fractions of 255
 BACKGROUND = -MEAN / STD  # a normalized pixel without ink
 EVALUATION_BATCH = 1_000
-UPSTROKES = 0.1  # the share of the training ones to which `add_upstrokes` is applied
 
 
-class DataError(ValueError):
+class DataError(RunError):
     """A data file is missing or invalid."""
 
 
@@ -48,7 +49,7 @@ class Loaders(NamedTuple):
     digest: str  # SHA-256 of the training labels and images
 
 
-class ShuffledIndices(Sampler):
+class ShuffledBatchSampler(Sampler):
     """Yields the batches of an epoch as index tensors: a new permutation of `range(n)` in every epoch.
 
     The permutation is drawn on the CPU, so that it is the same for every device, and moved once.
@@ -71,7 +72,7 @@ class ShuffledIndices(Sampler):
         return -(-self.n // self.batch_size)
 
 
-class Batches(TensorDataset):
+class BatchDataset(TensorDataset):
     """A `TensorDataset` whose index is a tensor that selects a whole batch."""
 
     def __getitem__(self, index):
@@ -126,7 +127,7 @@ def read_split(raw_dir, prefix):
         DataError: a file is invalid; the message names it.
         OSError: a file cannot be read.
     """
-    files = find_files(raw_dir)
+    files, _ = find_files(raw_dir)
     image_path, label_path = files[f"{prefix}-images-idx3-ubyte"], files[f"{prefix}-labels-idx1-ubyte"]
     images, labels = read_idx(image_path, 3), read_idx(label_path, 1).long()
     if images.shape[1:] != (28, 28) or not len(images):
@@ -139,23 +140,24 @@ def read_split(raw_dir, prefix):
 
 
 def find_files(folder):
-    """Returns a dict from each of `FILES` that a directory contains to its path.
+    """Returns a dict from each of `FILES` that a directory contains to its path, and a list of similar names.
 
-    Files may be compressed (.gz), and may be spelled as in "train-images.idx3-ubyte".
+    Case does not matter. Files may be compressed (.gz) and may be spelled as in "train-images.idx3-ubyte".
     """
-    found = {}
-    for name in FILES:
-        for spelling in name, name.replace("-idx", ".idx"):
-            for path in folder / spelling, folder / f"{spelling}.gz":
-                if path.exists():
-                    found.setdefault(name, path)
-    return found
+    found, others = {}, []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        name = path.name.lower().removesuffix(".gz").replace(".idx", "-idx")
+        if name in FILES:
+            found.setdefault(name, path)
+        elif "idx" in name or "ubyte" in name:
+            others.append(path.name)
+    return found, others
 
 
 def find_raw_dir(data_dir):
     """Returns the directory with the four files: `data_dir`/MNIST/raw or `data_dir` itself.
 
-    Downloads MNIST to the former if both have none of them.
+    If neither contains a file of a data set, downloads MNIST to the former.
 
     Raises:
         DataError: the directory does not exist or contains only some of the files, or the download fails.
@@ -163,19 +165,28 @@ def find_raw_dir(data_dir):
     data_dir = Path(data_dir)
     raw_dir = data_dir / "MNIST" / "raw"
     for folder in raw_dir, data_dir:
-        missing = [name for name in FILES if name not in find_files(folder)]
+        found, others = find_files(folder)
+        missing = [name for name in FILES if name not in found]
         if not missing:
             return folder
-        if len(missing) < len(FILES):
-            raise DataError(f"{folder} has some files of a data set, but not {', '.join(missing)}")
+        if found or others:
+            present = ", ".join([path.name for path in found.values()] + others)
+            advice = "rename them, or delete them to download MNIST"
+            raise DataError(f"{folder} has {present}, but not {', '.join(missing)}: {advice}")
     if not data_dir.is_dir():
         raise DataError(f"{data_dir}: no such directory; create it to download MNIST there")
     print(f"Downloading MNIST, as {data_dir} contains no data set")
+    temporary = data_dir / ".download"  # so that an interrupted download leaves nothing in `raw_dir`
     try:
-        datasets.MNIST(data_dir, download=True)
+        datasets.MNIST(temporary, download=True)
+        raw_dir.mkdir(parents=True, exist_ok=True)
+        for path in (temporary / "MNIST" / "raw").iterdir():
+            path.replace(raw_dir / path.name)
     except (OSError, RuntimeError) as error:
         reason = f"MNIST could not be downloaded ({' '.join(str(error).split())})"
         raise DataError(f"{reason}: put {', '.join(FILES)} in {raw_dir}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
     return raw_dir
 
 
@@ -191,7 +202,8 @@ def split(labels, validation_size, fold, generator):
     """Splits the training images into a training and a validation set: see `get_loaders`.
 
     Returns:
-        Shuffled indices of both sets, int64. One is empty if `validation_size` is out of range.
+        Indices of both sets, int64, shuffled or, with `fold`, sorted by digit. One is empty if
+        `validation_size` is out of range.
     """
     order = torch.randperm(len(labels), generator=generator)
     if not fold:
@@ -210,7 +222,7 @@ def make_loader(images, labels, device):
 
 
 def get_test_loader(device="cpu", data_dir=DATA_DIR):
-    """Returns a `DataLoader` over the test images only; arguments, batches and errors as in `get_loaders`."""
+    """Returns a `DataLoader` over the test images only: see `get_loaders`."""
     return make_loader(*read_split(find_raw_dir(data_dir), "t10k"), device)
 
 
@@ -236,8 +248,8 @@ def get_loaders(
             MNIST is downloaded there.
         fold: for cross-validation, a pair (k, K) with k from 1 to K: the seed determines K stratified
             folds, and fold k is the validation set. `validation_size` is ignored.
-        upstrokes: add an upstroke to one in ten training ones (`add_upstrokes`), the same in each epoch.
-            Only if the training set is MNIST's: in other data sets, label 1 need not be the digit 1.
+        upstrokes: draw an upstroke on 10% of the training 1s (`add_upstrokes`), the same in each epoch. Only
+            if the training set is MNIST's: in other data sets, label 1 need not be the digit 1.
 
     Raises:
         DataError: files are missing and cannot be downloaded, a file is invalid, or the training or
@@ -253,16 +265,17 @@ def get_loaders(
         validation_size = len(images) // 12
     training, validation = split(labels, validation_size, fold, generator)
     if not (len(training) and len(validation)):
-        reason = f"a validation_size of {len(validation):,} leaves {len(training):,} for training"
-        raise DataError(f"{raw_dir} has {len(images):,} training images: {reason}")
+        cause = f"fold {fold[0]} of {fold[1]}" if fold else f"a validation_size of {validation_size:,}"
+        sizes = f"{len(training):,} for training and {len(validation):,} for validation"
+        raise DataError(f"{raw_dir} has {len(images):,} training images; {cause} leaves {sizes}")
     if upstrokes and digest.hexdigest() == MNIST_DIGEST:
         ones = training[labels[training] == 1]
         ones = ones[: round(UPSTROKES * len(ones))]  # `training` is already shuffled
         images[ones] = add_upstrokes(images[ones], generator)
 
     # batch_size=None disables automatic batching: each index tensor is a whole batch.
-    training_set = Batches(normalize(images[training].to(device)), labels[training].to(device))
-    shuffled = ShuffledIndices(len(training), batch_size, generator, device)
+    training_set = BatchDataset(normalize(images[training].to(device)), labels[training].to(device))
+    shuffled = ShuffledBatchSampler(len(training), batch_size, generator, device)
     return Loaders(
         DataLoader(training_set, sampler=shuffled, batch_size=None),
         make_loader(images[validation], labels[validation], device),

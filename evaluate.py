@@ -3,37 +3,32 @@
     python evaluate.py                                       # the trained Model_3 in models/weights
     python evaluate.py best_Model_*.pth --plot pictures      # several models and their ensemble, with plots
     python evaluate.py --images seven.png photos/            # one digit per image
-    python evaluate.py best_Model_3.pth --draw               # on a page, with a mouse or a finger
+    python evaluate.py best_Model_3.pth --draw               # draw digits in the browser
 
 An ensemble predicts the mean of its models' softmax outputs.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -P and -I, which leave it out
 from support import startup  # noqa: F401  # isort: skip  # before PyTorch is imported
 
 import argparse
 import io
 import statistics
-import sys
 import time
-from pathlib import Path
+import warnings
 
 import torch
 
-from datafile import DATA_DIR, DataError, get_test_loader, normalize
+from datafile import DATA_DIR, get_test_loader, normalize
 from models import MODELS
-from support import checkpoint, device, flags, page, plots, process
-from support.drawings import DrawingError, examine, find_images
-from support.metrics import accuracy, ensemble_probabilities, predict
+from support import checkpoint, devices, files, flags, page, plots, process
+from support.digit_image import ImageError, read_digit_and_remark
+from support.metrics import ensemble_probabilities, predict, print_scores
 
 WEIGHTS = Path(__file__).resolve().parent / "models" / "weights" / "Model_3.pth"
-
-
-def print_scores(title, probabilities, labels):
-    """Prints the accuracy, the number of errors and the recall of each digit in the labels."""
-    correct = probabilities.argmax(1) == labels
-    print(f"{title}\nTest Accuracy: {accuracy(probabilities, labels):.2%} ({(~correct).sum()} errors)")
-    recalls = [f"{digit}: {correct[labels == digit].float().mean():.2%}" for digit in labels.unique()]
-    print("Recall: " + ", ".join(recalls))
 
 
 @torch.no_grad()
@@ -53,7 +48,7 @@ def print_speed(model, loader):
 
 def evaluate(models, args):
     """Prints test accuracy for each model and for their ensemble."""
-    loader = get_test_loader(args.device, args.data_dir)
+    loader = get_test_loader(args.device, args.data_dir or DATA_DIR)
     logits = []
     for path, model in zip(args.checkpoints, models):
         outputs, labels = predict(model, loader)
@@ -82,7 +77,7 @@ def serve_page(models, args):
     """Serves a drawing page and classifies what is drawn on it."""
 
     def read(content):
-        digit, remark = examine(io.BytesIO(content))
+        digit, remark = read_digit_and_remark(io.BytesIO(content))
         probabilities = classify(models, digit, args.device).tolist()
         return {"probabilities": probabilities, "image": digit.flatten().tolist(), "remark": remark}
 
@@ -92,22 +87,24 @@ def serve_page(models, args):
 def classify_images(models, args):
     """Classifies image files and plots the first 64. Returns False if a file could not be read."""
     titles, digits, failed = [], [], False
-    images, skipped = find_images(flags.expand(args.images))
+    images, skipped = files.find_images(args.images)
     if skipped:
         advice = " (convert HEIC to JPEG)" if any(path.suffix.lower() == ".heic" for path in skipped) else ""
         process.warn(f"Skipped files{advice}: {', '.join(path.name for path in skipped)}")
+    if not images:
+        raise process.RunError(f"no images in {', '.join(map(str, args.images))}")
     for path in images:
         try:
-            digit, remark = examine(path)
-        except (DrawingError, OSError) as error:
+            digit, remark = read_digit_and_remark(path)
+        except (ImageError, OSError) as error:
             process.warn(f"evaluate.py: error: {error}")
             failed = True
             continue
         top = classify(models, digit, args.device).topk(2)
         (first, second), (best, other) = top.values.tolist(), top.indices.tolist()
-        answer = f"{path}: {best} ({100 * first:.1f} %), then {other} ({100 * second:.1f} %)"
+        answer = f"{path}: {best} ({first:.1%}), then {other} ({second:.1%})"
         print(answer + f"; {remark}" * bool(remark))
-        titles.append(f"{best} ({100 * first:.0f} %)")
+        titles.append(f"{best} ({first:.0%})")
         digits.append(digit)
     if args.plot and digits:
         print(f"See {plots.grid(digits[:64], args.plot / 'seen.png', titles)}")
@@ -115,34 +112,39 @@ def classify_images(models, args):
 
 
 def parse_args(arguments=None):
-    """Parses the command line (or `arguments`, if given)."""
     parser = argparse.ArgumentParser(description="Evaluate saved models, or classify your own digits.")
     add, mode = parser.add_argument, parser.add_mutually_exclusive_group()
-    help_ = "files of weights (default: models/weights/Model_3.pth)"
+    help_ = "weight files (default: models/weights/Model_3.pth)"
     add("checkpoints", type=flags.path, nargs="*", default=[WEIGHTS], metavar="CHECKPOINT", help=help_)
     add("--model", choices=MODELS, help="model class, if the weights fit several")
     help_ = "images of one digit each, or directories of them"
     mode.add_argument("--images", type=flags.path, nargs="+", metavar="PATH", help=help_)
     mode.add_argument("--draw", action="store_true", help="serve a page to draw digits on")
     add("--plot", type=flags.path, metavar="DIR", help="directory for plots (requires matplotlib)")
-    add("--device", type=device.device, help="device to run on (default: cuda if available, else cpu)")
-    add("--data-dir", type=flags.path, default=DATA_DIR, metavar="DIR", help="directory with MNIST/raw")
+    help_ = "device to run on (default: cuda if available, else cpu)"
+    add("--device", type=devices.parse_device, metavar="NAME", help=help_)
+    help_ = "directory with MNIST/raw or the four files (default: data, beside this script)"
+    add("--data-dir", type=flags.path, metavar="DIR", help=help_)
     args = parser.parse_args(arguments)
     for path in args.images or []:
         if path.suffix == ".pth":
             parser.error(f"{path} is not an image: put checkpoints before --images")
+    if args.plot and args.draw:
+        parser.error("argument --plot: not allowed with argument --draw")
+    if args.data_dir and (args.images or args.draw):
+        parser.error("argument --data-dir: not allowed with --images or --draw, which need no data set")
     return args
 
 
 def main():
     args = parse_args()
-    errors = DataError, DrawingError, checkpoint.CheckpointError, plots.PlotError
-    with process.exit_on_error(*errors):
+    warnings.filterwarnings("ignore", module="PIL")  # about metadata and size
+    with process.exit_on_error():
         process.line_buffer_stdout()
         if args.plot:
             plots.prepare(args.plot)
-        args.device = device.select_device(args.device)
-        args.checkpoints = flags.expand(args.checkpoints)
+        args.device = devices.select_device(args.device)
+        args.checkpoints = files.expand(args.checkpoints)
         models = [checkpoint.load(path, args.model).to(args.device) for path in args.checkpoints]
         if args.draw:
             serve_page(models, args)

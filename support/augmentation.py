@@ -6,6 +6,8 @@ import math
 import torch
 from torch.nn.functional import grid_sample, interpolate
 
+UPSTROKES = 0.1  # the share of the training 1s to which `add_upstrokes` is applied
+
 
 @functools.cache
 def grid_basis(device):
@@ -23,7 +25,7 @@ def grid_basis(device):
 def augment(images, background):
     """Applies an independent random affine and elastic deformation to each image; labels stay valid.
 
-    The affine part is drawn uniformly: rotation up to 12 degrees, scale up to 12 % in width and in height,
+    The affine part is drawn uniformly: rotation up to 12 degrees, scale up to 12% in width and in height,
     slant up to 0.15 and shift up to 1 pixel, each in both directions. The elastic part interpolates
     displacements of 5 x 5 control points, normally distributed with a standard deviation of 0.6 pixels in x
     and in y. After P. Simard et al., "Best practices for convolutional neural networks applied to visual
@@ -50,10 +52,10 @@ def augment(images, background):
 
 
 def add_upstrokes(ones, generator):
-    """Adds a European-style upstroke to images of the digit 1.
+    """Draws a European-style upstroke on images of the digit 1.
 
-    It is rare in MNIST, and models trained without it tend to read it as a 7. The stroke runs from the top of
-    the stem down to the left. It is as thick as the stem, 0.3 to 0.65 of the digit's height long, 35 to 60
+    Such 1s are rare in MNIST; without them in training, models read them as 7s. The stroke runs from the top
+    of the stem down to the left. It is as thick as the stem, 0.3 to 0.65 of the digit's height long, 35 to 60
     degrees below the horizontal, and slanted like the stem.
 
     Args:

@@ -2,25 +2,24 @@
 
 import contextlib
 import copy
-import errno
 import hashlib
 import io
 import itertools
-import os
-import time
 import zipfile
 from pathlib import Path
 
 import torch
 
 from models import MODELS
+from support.files import write
+from support.flags import spell
+from support.process import RunError
 
-VERSION = 6  # of the training state; increment it when the contents or their meaning change
-NO_FSYNC = errno.EINVAL, errno.ENOSYS, errno.ENOTSUP  # raised by some network file systems
+VERSION = 7  # of the training state; increment it when the contents or their meaning change
 
 
-class CheckpointError(ValueError):
-    """A file cannot be written, or is not a valid checkpoint."""
+class CheckpointError(RunError):
+    """A file is not a valid checkpoint."""
 
 
 def back_up(*paths):
@@ -33,47 +32,17 @@ def back_up(*paths):
 
 
 def serialize(state):
-    """Returns the bytes of the file in which `torch.save` would save a state."""
+    """Returns the bytes that `torch.save` writes."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
-
-
-def write(content, path):
-    """Writes bytes to a file atomically: if it is interrupted, `path` is either the old file or the new one.
-
-    Raises:
-        CheckpointError: the file cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            try:
-                os.fsync(file.fileno())
-            except OSError as error:
-                if error.errno not in NO_FSYNC:
-                    raise
-        for attempt in range(11):  # for a second: on Windows, a virus scanner may hold the old file open
-            try:
-                temporary.replace(path)
-                break
-            except PermissionError:
-                if attempt == 10:
-                    raise
-                time.sleep(0.1)
-    except OSError as error:
-        raise CheckpointError(f"{path} could not be written ({error.strerror})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read(path):
     """Returns an object saved by `torch.save`, with its tensors on the CPU, without running code in the file.
 
     Raises:
-        CheckpointError: the file does not exist, is corrupt, or contains other objects than tensors, numbers,
+        CheckpointError: the file does not exist, is corrupt, or contains objects other than tensors, numbers,
             strings and containers of these.
         OSError: the file cannot be read.
     """
@@ -95,14 +64,14 @@ def load(path, model_name=None):
     """Returns the model, in evaluation mode, whose weights are in a file.
 
     Args:
-        path: of a `state_dict`.
+        path: file of a `state_dict`.
         model_name: a name in `MODELS`; by default the one whose parameters have these names and shapes.
 
     Raises:
         CheckpointError: the file is corrupt, or the weights fit no model or, without a name, several.
         OSError: the file cannot be read.
     """
-    state = read(path)
+    state = read(Path(path))
     if isinstance(state, dict) and "version" in state:
         raise CheckpointError(f"{path} is a training state; the weights are in the file best_...")
     names, fitting = [model_name] if model_name else list(MODELS), []
@@ -126,30 +95,30 @@ def find_not_finite(state):
     return next((name for name, value in state.items() if not value.isfinite().all()), None)
 
 
-def digest(value):
-    """Returns the SHA-256, in hexadecimal, of nested containers of tensors, numbers and strings."""
-    if isinstance(value, torch.Tensor):
-        value = value.dtype, value.shape, value.cpu().numpy().tobytes()
-    elif isinstance(value, dict):
-        value = [(key, digest(element)) for key, element in value.items()]
-    elif isinstance(value, list | tuple):
-        value = [digest(element) for element in value]
-    return hashlib.sha256(repr(value).encode()).hexdigest()
+def sha256(content):
+    """Returns the SHA-256 of bytes, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
+
+
+def best_epoch(history):
+    """Returns the epoch, from 1, with the highest validation accuracy; the latest one on ties."""
+    accuracies = [epoch["validation_accuracy"] for epoch in history]
+    return len(accuracies) - accuracies[::-1].index(max(accuracies))
 
 
 class TrainingState:
     """The complete state of a training run.
 
     Args:
-        model, optimizer, scheduler: PyTorch's, before the first step.
-        generator: that of the training loader.
-        settings: dict of the flags that must be the same when the run is resumed.
+        model, optimizer, scheduler: PyTorch objects, before the first step.
+        generator: generator of the training loader.
+        settings: dict from each flag that must be the same when the run is resumed to its value.
 
     Attributes:
         average: a copy of the model that holds the average of its weights.
         history: list of metrics, one dict per epoch.
         best: `state_dict` of the average after the best epoch, on the CPU.
-        best_digest: of the file of best weights that this run wrote last.
+        best_digest: SHA-256 of the best-weights file last written by this run.
     """
 
     PARTS = "model", "average", "optimizer", "scheduler"
@@ -162,11 +131,6 @@ class TrainingState:
         self.history, self.best, self.best_digest = [], {}, ""
         self.device_module = getattr(torch, next(model.parameters()).device.type, None)  # torch.cuda, ...
 
-    def best_epoch(self):
-        """Returns the epoch (from 1) with the highest validation accuracy; the latest one on ties."""
-        accuracies = [epoch["validation_accuracy"] for epoch in self.history]
-        return len(accuracies) - accuracies[::-1].index(max(accuracies))
-
     def is_finished(self, epochs, patience=None):
         """Returns True after `epochs` epochs, or after `patience` epochs without improvement."""
         accuracies = [epoch["validation_accuracy"] for epoch in self.history]
@@ -176,7 +140,7 @@ class TrainingState:
     def add_epoch(self, *metrics):
         """Appends the metrics of an epoch (see `METRICS`); keeps a copy of the average if it is the best."""
         self.history.append(dict(zip(self.METRICS, metrics, strict=True)))
-        if self.best_epoch() == len(self.history):
+        if best_epoch(self.history) == len(self.history):
             self.best = {name: value.cpu().clone() for name, value in self.average.state_dict().items()}
 
     def state_dict(self):
@@ -201,13 +165,12 @@ class TrainingState:
 
         If the run is killed in between, the best file is out of date; `resume` replaces it.
         """
-        best, state = serialize(self.best), self.state_dict()
-        file = {"version": VERSION, "pytorch": str(torch.__version__), "digest": digest(state)}
-        file["state"] = state
+        file = {"version": VERSION, "pytorch": str(torch.__version__), "state": self.state_dict()}
         write(serialize(file), last_path)
-        if digest(best) != self.best_digest:
+        best = serialize(self.best)
+        if sha256(best) != self.best_digest:
             write(best, best_path)
-        self.best_digest = digest(best)
+        self.best_digest = sha256(best)
 
     def resume(self, last_path, best_path):
         """Loads the state saved at `last_path`, and makes `best_path` the file of its best weights.
@@ -223,22 +186,22 @@ class TrainingState:
             raise CheckpointError(f"{last_path} is not a training state of this version (format {VERSION})")
         try:
             state = file["state"]
-            if file["digest"] != digest(state):
-                raise CheckpointError(f"{last_path} is corrupt: its digest does not match its contents")
             for flag, value in self.settings.items():
-                if (found := state["settings"].get(flag)) != value:
-                    other = f"saved with --{flag.replace('_', '-')} {found}, not {value}"
+                if (found := state["settings"][flag]) != value:
+                    other = f"saved with {spell(flag, found)}, not {spell(flag, value)}"
+                    if flag == "--data-dir":
+                        other = "saved with other images in --data-dir"
                     raise CheckpointError(f"{last_path} was {other}: use its flags, or another --output-dir")
             self.load_state_dict(state)
         except CheckpointError:
             raise
-        except (LookupError, RuntimeError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             reason = f"saved with PyTorch {file.get('pytorch')}, loaded with {torch.__version__}"
             raise CheckpointError(f"{last_path} cannot be loaded ({reason}): {str(error)[:80]!r}") from error
         best = serialize(self.best)
         old = best_path.read_bytes() if best_path.exists() else b""
         if old != best:
-            if digest(old) != self.best_digest:
+            if sha256(old) != self.best_digest:
                 back_up(best_path)
             write(best, best_path)
-        self.best_digest = digest(best)
+        self.best_digest = sha256(best)

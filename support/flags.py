@@ -1,7 +1,6 @@
-"""Argument types shared by both scripts."""
+"""Argument types, and flags as they are typed."""
 
 import argparse
-import glob
 import math
 import os
 from pathlib import Path
@@ -30,16 +29,8 @@ def positive_number(text):
     return float(text)
 
 
-def expand(paths):
-    """Returns the paths, with patterns that the shell left unexpanded replaced by their matches.
-
-    Raises FileNotFoundError if a pattern matches nothing.
-    """
-    expanded = []
-    for path in paths:
-        is_pattern = glob.has_magic(str(path)) and not path.exists()
-        matches = sorted(path.parent.glob(path.name)) if is_pattern else [path]
-        if not matches:
-            raise FileNotFoundError(2, "No file matches this pattern", str(path))
-        expanded += matches
-    return expanded
+def spell(flag, value):
+    """Returns a flag and its value as one types them, such as "--lr 0.01" or "--no-augment"."""
+    if isinstance(value, bool):
+        return flag if value else flag.replace("--", "--no-", 1)
+    return f"{flag} {value}"

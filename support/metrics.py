@@ -1,4 +1,4 @@
-"""Predictions and metrics over a data set."""
+"""Predictions, metrics and ensembles."""
 
 import statistics
 
@@ -26,11 +26,19 @@ def ensemble_probabilities(logits):
     return torch.stack(list(logits)).softmax(2).mean(0)
 
 
+def print_scores(title, probabilities, labels):
+    """Prints the accuracy, the number of errors and the recall of each digit that occurs in the labels."""
+    correct = probabilities.argmax(1) == labels
+    print(f"{title}\nTest Accuracy: {accuracy(probabilities, labels):.2%} ({(~correct).sum()} errors)")
+    recalls = [f"{digit}: {correct[labels == digit].float().mean():.2%}" for digit in labels.unique()]
+    print("Recall: " + ", ".join(recalls))
+
+
 def print_runs(name, results):
     """Prints a table of all runs, their mean and standard deviation, and the accuracy of their ensemble.
 
     Args:
-        name: of the model.
+        name: name of the model.
         results: dict from each run's name to its validation and test accuracy, the logits of the test
             images, float32 (N, 10), and their labels, int64 (N,).
     """

@@ -3,12 +3,14 @@
 import contextlib
 import json
 import socket
+import sys
 import threading
 import webbrowser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from support.drawings import DrawingError
+from support.digit_image import ImageError
 
 PAGE = Path(__file__).with_suffix(".html")
 MAX_BYTES = 1_000_000  # of an image
@@ -17,18 +19,20 @@ HOSTS = "127.0.0.1", "localhost"
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers GET / with the page, and POST / of an image with the JSON of `server.read(image)`."""
+    """GET / returns the page; POST / classifies the image in the body and returns JSON (`server.read`)."""
 
     timeout = 10  # socket timeout, seconds
     error_content_type = "text/plain; charset=utf-8"
     error_message_format = "%(explain)s"
 
     def do_GET(self):
-        if self.is_allowed():
+        if self.check_request():
             self.answer("text/html; charset=utf-8", PAGE.read_bytes())
 
+    do_HEAD = do_GET
+
     def do_POST(self):
-        if not self.is_allowed():
+        if not self.check_request():
             return
         length = self.headers.get("Content-Length", "")
         if not length.isdecimal() or int(length) > MAX_BYTES:
@@ -36,17 +40,22 @@ class Handler(BaseHTTPRequestHandler):
             return
         try:
             answer = self.server.read(self.rfile.read(int(length)))
-        except DrawingError as error:
+        except ImageError as error:
             self.send_error(422, explain=str(error))
             return
         self.answer("application/json", json.dumps(answer).encode())
 
-    def is_allowed(self):
-        """Rejects other paths, cross-origin requests and DNS rebinding, by the Host and Origin headers."""
-        origin = self.headers.get("Origin", "localhost").removeprefix("http://")
+    def check_request(self):
+        """Sends an error and returns False for other paths, other hosts and cross-origin requests.
+
+        The check of the Host header rejects DNS rebinding.
+        """
+        origin = self.headers.get("Origin", "http://localhost").removeprefix("http://")
         if any(name.split(":")[0] not in HOSTS for name in (self.headers.get("Host", ""), origin)):
-            self.send_error(403, explain="this page is for 127.0.0.1 only")
-        elif self.path != "/":
+            port = self.server.server_port
+            advice = f"forward the port with ssh -L {port}:127.0.0.1:{port} HOST"
+            self.send_error(403, explain=f"this page is only for http://{HOSTS[0]}:{port}/ ({advice})")
+        elif urlsplit(self.path).path != "/":
             self.send_error(404, explain="the only page is /")
         else:
             return True
@@ -57,7 +66,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def finish(self):
         """Drains the request body: closing the socket early could reset the connection before the answer."""
@@ -71,16 +81,22 @@ class Handler(BaseHTTPRequestHandler):
         """Disables request logging."""
 
 
+class Server(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], OSError):  # the client has disconnected
+            super().handle_error(request, client_address)
+
+
 def make_server(read):
     """Returns a server on 127.0.0.1 that is not yet serving.
 
     Args:
-        read: function of the bytes of an image; returns an object for `json.dumps`, or raises DrawingError.
+        read: function of the bytes of an image; returns an object for `json.dumps`, or raises ImageError.
     """
     try:
-        server = ThreadingHTTPServer((HOSTS[0], PORT), Handler)
+        server = Server((HOSTS[0], PORT), Handler)
     except OSError:
-        server = ThreadingHTTPServer((HOSTS[0], 0), Handler)
+        server = Server((HOSTS[0], 0), Handler)
     server.read = read
     return server
 
@@ -92,5 +108,4 @@ def serve(read):
         print(f"Draw a digit on {address} (Ctrl-C to stop)")
         # In a thread: a browser in the terminal would otherwise wait for the server, and the server for it.
         threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
-        with contextlib.suppress(KeyboardInterrupt):
-            server.serve_forever()
+        server.serve_forever()

@@ -1,30 +1,29 @@
 """Plots of training curves and model predictions (requires matplotlib)."""
 
+import io
+
 import torch
 from torch import nn
 
 from models.layers import P4MConv2d
-from support.process import make_writable
+from support.files import create_directory, write
+from support.process import RunError
 
 BLUE, ORANGE = "#0072B2", "#D55E00"  # color-blind safe: M. Okabe, K. Ito, 2008
 
 
-class PlotError(Exception):
-    """matplotlib is missing or does not work."""
-
-
 def prepare(folder):
-    """Creates the directory of the plots. Raises PlotError if matplotlib cannot be imported."""
+    """Creates the directory of the plots. Raises RunError if matplotlib does not work."""
     try:
-        import matplotlib.figure  # noqa: F401
-    except Exception as error:  # a broken installation may raise anything
+        draw_png(lambda fig, axes: None)
+    except Exception as error:  # a broken installation or style file may raise anything
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise PlotError(f"--plot requires matplotlib (pip install matplotlib): {reason}") from error
-    make_writable(folder)
+        raise RunError(f"--plot requires matplotlib (pip install matplotlib): {reason}") from error
+    create_directory(folder)
 
 
-def save(path, draw, rows=1, columns=1, size=(5.2, 5)):
-    """Creates a figure of `size` inches, calls `draw(fig, axes)` and saves it; returns the path.
+def draw_png(draw, rows=1, columns=1, size=(5.2, 5)):
+    """Creates a figure of `size` inches, calls `draw(fig, axes)` and returns it as the bytes of a PNG file.
 
     The user's own matplotlibrc is ignored. `axes` is an array (rows, columns).
     """
@@ -35,7 +34,14 @@ def save(path, draw, rows=1, columns=1, size=(5.2, 5)):
         matplotlib.rcdefaults()
         fig = Figure(size, dpi=100, layout="constrained")
         draw(fig, fig.subplots(rows, columns, squeeze=False))
-        fig.savefig(path, pil_kwargs={"optimize": True})
+        content = io.BytesIO()
+        fig.savefig(content, format="png", pil_kwargs={"optimize": True})
+    return content.getvalue()
+
+
+def save(path, *arguments, **options):
+    """Writes a figure to a PNG file, with the other arguments of `draw_png`; returns the path."""
+    write(draw_png(*arguments, **options), path)
     return path
 
 
@@ -45,7 +51,7 @@ def curves(history, best_epoch, path):
     Args:
         history: list of dicts, one per epoch: see `TrainingState.METRICS`.
         best_epoch: the epoch, from 1, whose weights were saved.
-        path: of the PNG file, which is returned.
+        path: PNG file to write; returned.
     """
     epochs = range(1, len(history) + 1)
     lowered = [epoch for epoch in epochs[1:] if history[epoch - 1]["lr"] < history[epoch - 2]["lr"]]
@@ -109,7 +115,7 @@ def evaluation(models, images, probabilities, labels, folder):
         images: normalized, float32 (N, 1, 28, 28).
         probabilities: the predictions of the models' ensemble, float32 (N, 10).
         labels: int64 (N,).
-        folder: directory of the PNG files, whose paths are returned.
+        folder: directory for the PNG files; their paths are returned.
     """
     confidences, predictions = probabilities.max(1)
     paths = [confusion(predictions, labels, folder / "confusion.png")]

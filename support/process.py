@@ -1,4 +1,4 @@
-"""How a run ends and what it shares with other processes: errors, signals, standard output, directories."""
+"""How a run ends: errors, signals and standard output."""
 
 import contextlib
 import os
@@ -9,20 +9,24 @@ from pathlib import Path
 
 import torch
 
-try:
-    import fcntl
-except ImportError:  # Windows, where two runs in one directory are not detected
-    fcntl = None
+saved = ""  # status for the message printed when a run ends early: which epoch was saved where
+SIGNALS = {
+    "SIGINT": "Interrupted",
+    "SIGTERM": "Terminated",
+    "SIGHUP": "Disconnected",
+    "SIGBREAK": "Interrupted",  # Ctrl-Break on Windows
+    "SIGUSR1": "Terminated",  # as job schedulers do before SIGKILL
+    "SIGUSR2": "Terminated",
+    "SIGXCPU": "Terminated",
+}
 
-saved = ""  # which epoch is saved where, for the message with which a run ends early
+
+class RunError(Exception):
+    """An expected error, reported to the user as one line without a traceback."""
 
 
 class Stopped(BaseException):
     """Raised by the signal handler. A BaseException, so that `except Exception` does not catch it."""
-
-
-class RunError(Exception):
-    """An expected error, reported to the user without a traceback."""
 
 
 def warn(text):
@@ -34,7 +38,7 @@ def warn(text):
 
 @contextlib.contextmanager
 def exit_on_error(*kinds, memory_advice="choose another --device"):
-    """Turns expected errors (`kinds`, OSError, out of memory) into a one-line message and exit status 1.
+    """Turns RunError, OSError, `kinds` and running out of memory into a one-line message and exit status 1.
 
     All other exceptions propagate.
     """
@@ -51,8 +55,10 @@ def exit_on_error(*kinds, memory_advice="choose another --device"):
         message = f"out of memory: {memory_advice}"
     try:
         print(end="", flush=True)
-    except OSError:  # standard output is replaced, so that the interpreter can flush it at exit
+    except OSError as error:  # standard output is replaced, so that the interpreter can flush it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            message = f"standard output cannot be written ({error.strerror})"
     sys.exit(f"{Path(sys.argv[0]).name}: error: {message}" + f" ({saved})" * bool(saved))
 
 
@@ -64,7 +70,7 @@ def line_buffer_stdout():
 
 @contextlib.contextmanager
 def exit_on_signals():
-    """Exits on Ctrl-C, SIGTERM and SIGHUP with a message about what is saved and how to resume.
+    """Exits on the signals in `SIGNALS` with a message about what is saved and how to resume.
 
     The handler raises `Stopped`; this is safe at any point because files are written atomically. Signals
     that were ignored at the start stay ignored, as with nohup or in the background of a script. Outside the
@@ -78,50 +84,18 @@ def exit_on_signals():
             signal.signal(each, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the message
         raise Stopped(number)
 
-    for name in "SIGINT", "SIGTERM", "SIGHUP":
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
+    for name in SIGNALS:
+        number = getattr(signal, name, None)  # each platform has some of them
         if in_main_thread and number and signal.getsignal(number) not in (signal.SIG_IGN, None):
             previous[number] = signal.signal(number, stop)
     try:
         yield
     except Stopped as stopped:
         (number,) = stopped.args
-        reason = {signal.SIGINT: "Interrupted", signal.SIGTERM: "Terminated"}.get(number, "Disconnected")
         advice = f"{saved}; to resume, add --resume to the same command" if saved else "nothing is saved yet"
-        warn(f"{reason}: {advice}")
+        warn(f"{SIGNALS[signal.Signals(number).name]}: {advice}")
         sys.exit(128 + number)
     finally:
         saved = ""  # a notebook may run another script next
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def make_writable(folder):
-    """Creates a directory if needed, and a file in it. Raises RunError or OSError if that fails."""
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} is not a directory")
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".writable.{os.getpid()}.tmp"
-    probe.touch()
-    with contextlib.suppress(OSError):  # some file systems do not allow files to be deleted
-        probe.unlink()
-
-
-@contextlib.contextmanager
-def locked(folder):
-    """Holds an exclusive lock on a directory until the run ends. Raises RunError if another run holds it.
-
-    No lock is taken if the platform or the file system does not support it.
-    """
-    with contextlib.ExitStack() as stack:
-        if fcntl:
-            try:
-                descriptor = os.open(folder, os.O_RDONLY)
-                stack.callback(os.close, descriptor)
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                advice = "wait for it, or choose another --output-dir"
-                raise RunError(f"another run is writing to {folder.resolve()}: {advice}") from error
-            except OSError as error:
-                warn(f"Cannot lock {folder} ({error.strerror}): make sure that no other run writes there")
-        yield

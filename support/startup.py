@@ -18,9 +18,9 @@ for name in ("torch", "torchvision", "tqdm", "torchsummary"):
 
 script = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
 if script.resolve().parent == ROOT and not hasattr(sys, "ps1"):  # a script of this project, not a notebook
-    # A training step is about a hundred parallel regions, and by default threads spin between them. If other
-    # processes use the same cores, they spin while the thread they wait for is not running. libgomp reads
-    # this variable when it is loaded; a user's own settings are kept.
+    # A training step has about a hundred parallel regions. Between them, the threads of libgomp spin by
+    # default, which takes CPU time from other processes. libgomp reads this variable when it is loaded.
+    # A user's own settings are kept.
     if not any(name.startswith(("OMP_", "GOMP_", "KMP_")) for name in os.environ):
         os.environ.update(SPIN)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

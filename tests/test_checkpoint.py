@@ -18,8 +18,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 import models
 import train
 from conftest import BLOCK, ROOT, TEST_LINE, end, same, saved_states, wait_for
-from support import checkpoint
+from support import checkpoint, files
 from support.checkpoint import VERSION, CheckpointError, TrainingState
+from support.process import RunError
 
 many = settings(
     max_examples=200,
@@ -50,9 +51,8 @@ def state(file):
 
 
 def save(state, path):
-    """Saves a state as this version would, with a valid digest."""
-    digest = checkpoint.digest(state)
-    torch.save({"version": VERSION, "pytorch": "2.9.0", "digest": digest, "state": state}, path)
+    """Saves a state as this version would."""
+    torch.save({"version": VERSION, "pytorch": "2.9.0", "state": state}, path)
 
 
 def new_training(settings):
@@ -75,13 +75,6 @@ def refusal(path, state, settings=None):
         assert str(path) in sentence and "\n" not in sentence
         return sentence
     return None
-
-
-def places(state, where=()):
-    """The paths to everything in nested containers, themselves included."""
-    yield where
-    for key in state if isinstance(state, dict) else range(len(state)) if isinstance(state, list) else ():
-        yield from places(state[key], (*where, key))
 
 
 def put(state, where, value):
@@ -129,15 +122,6 @@ VALUES = [None, True, -1, 2**70, 0.5, "text", [], {}, (), torch.zeros(3), torch.
 
 @many
 @given(data=st.data())
-def test_a_state_that_was_changed_in_one_place_is_rejected(file, state, tmp_path, data):
-    where = data.draw(st.sampled_from([where for where in places(file) if where[:1] != ("pytorch",)]))
-    other = put(file, where, data.draw(st.sampled_from(VALUES)))
-    torch.save(other, tmp_path / "other.pth")
-    assert refusal(tmp_path / "other.pth", state) or same(other, file)
-
-
-@many
-@given(data=st.data())
 def test_weights_of_another_shape_or_that_are_not_finite_are_rejected(state, tmp_path, data):
     tensors = {key: tensor for key, tensor in state["best"].items() if tensor.is_floating_point()}
     key = data.draw(st.sampled_from(list(tensors)))
@@ -178,7 +162,7 @@ def test_the_random_state_of_the_device_is_saved_and_restored(state, tmp_path):
 def test_the_class_is_found_by_the_weights_and_must_be_chosen_if_several_fit(tmp_path, monkeypatch):
     for model in models.MODELS.values():
         torch.save(model().state_dict(), tmp_path / "one.pth")
-        assert type(checkpoint.load(tmp_path / "one.pth")) is model
+        assert type(checkpoint.load(str(tmp_path / "one.pth"))) is model
     with pytest.raises(CheckpointError, match="does not contain the weights of Model_2"):
         checkpoint.load(tmp_path / "one.pth", "Model_2")
 
@@ -205,7 +189,7 @@ class Malicious:
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("where", [(), ("state",), ("digest",), ("state", "optimizer", "state")], ids=str)
+@pytest.mark.parametrize("where", [(), ("state",), ("state", "optimizer", "state")], ids=str)
 def test_no_code_in_a_file_is_run(file, state, tmp_path, where, zipped):
     bad = put(file, where, Malicious(tmp_path / "run"))
     torch.save(bad, tmp_path / "bad.pth", _use_new_zipfile_serialization=zipped)
@@ -238,11 +222,17 @@ def test_a_state_of_another_version_is_rejected(file, state, tmp_path, version):
 
 
 @pytest.mark.parametrize(
-    "flag, value", [("model", "Model_1"), ("seed", 7), ("batch_size", 64), ("lr", 0.5), ("augment", False)]
+    "flag, value, words",
+    [
+        ("--model", "Model_1", "--model Model_3, not --model Model_1"),
+        ("--seed", 7, "--seed 0, not --seed 7"),
+        ("--batch-size", 64, "--batch-size 128, not --batch-size 64"),
+        ("--lr", 0.5, "--lr 0.01, not --lr 0.5"),
+        ("--augment", False, "--augment, not --no-augment"),
+    ],
 )
-def test_a_flag_that_differs_is_named_with_both_values(state, state_file, flag, value):
-    sentence = refusal(state_file, state, state["settings"] | {flag: value})
-    assert f"--{flag.replace('_', '-')} {state['settings'][flag]}, not {value}" in sentence
+def test_a_flag_that_differs_is_named_as_one_types_it(state, state_file, flag, value, words):
+    assert f"was saved with {words}: use its" in refusal(state_file, state, state["settings"] | {flag: value})
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")], ids=repr)
@@ -255,50 +245,23 @@ def test_running_out_of_memory_is_not_reported_as_a_corrupt_file(state_file, mon
         checkpoint.read(state_file)
 
 
-def raising(*errors):
-    """A function that raises these errors, one per call, and then does nothing."""
-    remaining = list(errors)
-
-    def function(*arguments, **options):
-        if remaining:
-            raise remaining.pop(0)
-
-    return function
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, function):
     path = tmp_path / "best.pth"
-    checkpoint.write(b"old", path)
-    monkeypatch.setattr(os, "fsync", raising(OSError(errno.ENOSPC, "No space left on device")))
-    with pytest.raises(CheckpointError, match=r"best\.pth could not be written \(No space left on device\)"):
-        checkpoint.write(b"new", path)
-    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("best.pth", b"old")]
+    files.write(b"old", path)
 
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-@pytest.mark.parametrize("number", checkpoint.NO_FSYNC)
-def test_a_file_system_without_fsync_is_written_to(tmp_path, monkeypatch, number):
-    monkeypatch.setattr(os, "fsync", raising(OSError(number, os.strerror(number))))
-    checkpoint.write(b"new", tmp_path / "best.pth")
-    assert (tmp_path / "best.pth").read_bytes() == b"new"
-
-
-@pytest.mark.parametrize("denials, succeeds", [(3, True), (100, False)])
-def test_a_denied_replacement_is_tried_again_for_a_second(tmp_path, monkeypatch, denials, succeeds):
-    """As on Windows while a virus scanner holds the old file open."""
-    path, slept, replace = tmp_path / "best.pth", [], Path.replace
-    checkpoint.write(b"old", path)
-    deny = raising(*[PermissionError(errno.EACCES, "Permission denied")] * denials)
-    monkeypatch.setattr(Path, "replace", lambda source, target: deny() or replace(source, target))
-    monkeypatch.setattr(time, "sleep", slept.append)
-    if succeeds:
-        checkpoint.write(b"new", path)
-    else:
-        with pytest.raises(CheckpointError, match=r"could not be written \(Permission denied\)"):
-            checkpoint.write(b"new", path)
-    assert sum(slept) == pytest.approx(min(1, 0.1 * denials))
-    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [
-        ("best.pth", b"new" if succeeds else b"old")
-    ]
+    if function == "replace":
+        monkeypatch.setattr(Path, "replace", fail)
+        with pytest.raises(RunError, match=r"best\.pth could not be written \(No space left on device\)"):
+            files.write(b"new", path)
+    else:  # some network file systems do not support it
+        monkeypatch.setattr(os, "fsync", fail)
+        files.write(b"new", path)
+    content = b"old" if function == "replace" else b"new"
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("best.pth", content)]
 
 
 def test_old_files_are_kept_under_the_first_free_number(tmp_path, capsys):
@@ -368,7 +331,7 @@ def test_a_contradicting_flag_is_a_one_line_error_and_changes_nothing(fit, tmp_p
     before = saved_states(tmp_path)
     process = fit("--epochs", 2, "--resume", "--seed", 3, check=False)
     assert process.returncode == 1 and process.stderr.count("\n") == 1
-    assert "last_Model_3.pth was saved with --seed 0, not 3" in process.stderr
+    assert "last_Model_3.pth was saved with --seed 0, not --seed 3: " in process.stderr
     assert same(saved_states(tmp_path), before)
 
 
@@ -388,15 +351,15 @@ def test_a_full_disk_is_a_one_line_error_at_every_write(
     if epochs_before:
         fit("--epochs", epochs_before)
     before = saved_states(tmp_path)
-    calls, fsync = [], os.fsync
+    calls, replace = [], Path.replace
 
-    def full(descriptor):
-        calls.append(descriptor)
+    def full(source, target):
+        calls.append(source)
         if len(calls) > writes:
             raise OSError(28, "No space left on device")
-        fsync(descriptor)
+        return replace(source, target)
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(Path, "replace", full)
     process = fit("--epochs", 3, "--resume", check=False)
     assert process.returncode == 1
     sentence = f"train.py: error: {file}_Model_3.pth could not be written (No space left on device)"

@@ -280,9 +280,21 @@ def no_download(monkeypatch):
 def test_a_missing_file_of_a_data_set_is_named_and_not_replaced_by_mnists(few_images, missing, no_download):
     (few_images / missing).unlink()
     before = sorted(few_images.iterdir())
-    with pytest.raises(datafile.DataError, match=f"has some files of a data set, but not {missing}$"):
+    with pytest.raises(datafile.DataError, match=f", but not {missing}: rename them, or delete them"):
         datafile.get_loaders(data_dir=few_images.parent.parent)
     assert sorted(few_images.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["emnist-digits-{}", "{} (1)", "{}.bak"])
+def test_files_with_other_names_are_named_and_not_replaced_by_mnists(few_images, name, no_download):
+    for file in datafile.FILES:
+        (few_images / file).rename(few_images / name.format(file))
+    for folder in few_images, few_images.parent.parent:
+        with pytest.raises(datafile.DataError) as caught:
+            datafile.get_loaders(data_dir=folder)
+        for file in datafile.FILES:
+            assert name.format(file) in str(caught.value).split(", but not ")[0]
+            assert file in str(caught.value).split(", but not ")[1]
 
 
 def test_the_directory_of_the_files_themselves_is_accepted_as_well(few_images, no_download):
@@ -330,9 +342,20 @@ def test_mnist_is_downloaded_to_an_empty_directory(few_images, tmp_path, mirror,
         resources.append((f"{name}.gz", hashlib.md5(compressed).hexdigest()))
     monkeypatch.setattr(datasets.MNIST, "resources", resources)
     mirror(functools.partial(SimpleHTTPRequestHandler, directory=few_images))
-    (tmp_path / "new").mkdir()
-    loaders = datafile.get_loaders(data_dir=tmp_path / "new")
+    new = tmp_path / "new"
+    new.mkdir()
+    # An interrupted download leaves nothing that the next one takes for MNIST, and the next one removes it.
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets.MNIST, "resources", resources[:2] + [("missing.gz", None)])
+        with pytest.raises(datafile.DataError, match="could not be downloaded"):
+            datafile.get_loaders(data_dir=new)
+        assert list(new.iterdir()) == []
+    half = new / ".download" / "MNIST" / "raw" / f"{datafile.FILES[0]}.gz"
+    half.parent.mkdir(parents=True)
+    half.write_bytes(b"half")
+    loaders = datafile.get_loaders(data_dir=new)
     assert [len(loader.dataset) for loader in loaders[:3]] == [184, 16, 200]
+    assert [path.name for path in new.iterdir()] == ["MNIST"]
 
 
 def test_the_reason_why_a_download_failed_is_named(tmp_path, mirror):

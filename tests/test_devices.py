@@ -1,8 +1,8 @@
 """A whole run on a device other than the CPU, on a machine without one.
 
-PyTorch's meta device stands in for the accelerator; its tensors have shapes but no values. Three functions
-that need values are replaced: copies to the CPU are noise, all values count as finite, and digests are not
-compared. Everything else is as in a real run. An operation on tensors of two devices is an error, and so is
+PyTorch's meta device stands in for the accelerator; its tensors have shapes but no values. What needs
+values is replaced: copies to the CPU are noise, and all values count as finite. Plain optimizers replace
+fused ones. Everything else is as in a real run. An operation on tensors of two devices is an error, and so is
 waiting for the device within an epoch.
 """
 
@@ -37,10 +37,10 @@ class OneDevice(TorchDispatchMode):
 
 @pytest.fixture
 def meta(monkeypatch):
-    """Makes the two replacements; within the steps of an epoch, a copy to the CPU is an error."""
+    """Makes the replacements; within the steps of an epoch, a copy to the CPU is an error."""
     in_epoch = []
 
-    class Batches(datafile.ShuffledIndices):
+    class Batches(datafile.ShuffledBatchSampler):
         def __iter__(self):
             in_epoch.append(True)
             yield from super().__iter__()
@@ -51,13 +51,12 @@ def meta(monkeypatch):
         noise = torch.rand(tensor.shape) if tensor.is_meta else tensor
         return noise.to(tensor.dtype)
 
-    monkeypatch.setattr(datafile, "ShuffledIndices", Batches)
+    monkeypatch.setattr(datafile, "ShuffledBatchSampler", Batches)
     monkeypatch.setattr(torch.Tensor, "cpu", noise_from_meta)
     monkeypatch.setattr(checkpoint, "find_not_finite", lambda state: None)
-    monkeypatch.setattr(checkpoint, "digest", lambda value: "0")
     for name in "adam", "sgd":  # no device but the real ones has fused optimizers
-        plain = functools.partial(train.OPTIMIZERS[name], fused=False)
-        monkeypatch.setitem(train.OPTIMIZERS, name, plain)
+        fused, multiple = train.OPTIMIZERS[name]
+        monkeypatch.setitem(train.OPTIMIZERS, name, (functools.partial(fused, fused=False), multiple))
     with OneDevice():
         yield
 
@@ -81,7 +80,7 @@ def test_a_run_stays_on_its_device_and_never_waits_for_it(optimizer, small_data,
     args = arguments(small_data, tmp_path, "--epochs", 2, "--optimizer", optimizer)
     _, _, logits, labels = train.train("Model_3", args, 0)
     output = capsys.readouterr().out
-    assert "Model_3 on meta, seed 0, " in output
+    assert "Model_3 on meta: --seed 0 " in output
     assert len(BLOCK.findall(output)) == 2 and TEST_LINE.search(output)
     assert (logits.device.type, labels.device.type) == ("cpu", "cpu")
     assert all(

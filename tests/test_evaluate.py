@@ -60,7 +60,7 @@ def test_images_are_classified_one_by_one_by_the_ensemble(call, tmp_path):
     process = call("evaluate.py", *checkpoints, "--device", "cpu", "--images", *paths, check=False)
     assert process.returncode == 1
     lines = process.stdout.splitlines()
-    assert [re.fullmatch(r"(.*): 7 \([\d.]+ %\), then [^7] \([\d.]+ %\)", line)[1] for line in lines] == [
+    assert [re.fullmatch(r"(.*): 7 \([\d.]+%\), then [^7] \([\d.]+%\)", line)[1] for line in lines] == [
         "seven.png",
         "other.png",
     ]
@@ -84,5 +84,26 @@ def test_skipped_files_are_named_and_checkpoints_after_images_are_a_usage_error(
     process = call("evaluate.py", "--images", "seven.png", "best.pth", check=False)
     assert process.returncode == 2
     assert "best.pth is not an image: put checkpoints before --images\n" in process.stderr
-    process = call("evaluate.py", "--draw", "--images", "seven.png", check=False)
-    assert process.returncode == 2 and "not allowed with argument" in process.stderr
+    for first, *others in ("--images", "seven.png"), ("--plot", "plots"), ("--data-dir", "data"):
+        process = call("evaluate.py", "--draw", first, *others, check=False)
+        assert process.returncode == 2 and "not allowed with" in process.stderr
+    process = call("evaluate.py", "--data-dir", "data", "--images", "seven.png", check=False)
+    assert process.returncode == 2 and "not allowed with --images" in process.stderr
+
+
+def test_an_empty_directory_is_skipped_and_only_empty_ones_are_an_error(call, tmp_path):
+    (tmp_path / "empty").mkdir()
+    seven().save(tmp_path / "seven.png")
+    options = WEIGHTS / "Model_3.pth", "--device", "cpu", "--images"
+    assert call("evaluate.py", *options, "empty", "seven.png").stdout.startswith("seven.png: 7 (")
+    process = call("evaluate.py", *options, "empty", check=False)
+    assert (process.returncode, process.stderr) == (1, "evaluate.py: error: no images in empty\n")
+
+
+@pytest.mark.parametrize("suffix", ["tiff", "gif"])
+def test_a_file_of_several_pages_gets_a_remark(call, tmp_path, suffix):
+    seven().save(tmp_path / f"pages.{suffix}", save_all=True, append_images=[seven(ink=50), seven(ink=90)])
+    output = call("evaluate.py", WEIGHTS / "Model_3.pth", "--images", f"pages.{suffix}").stdout
+    assert output.startswith(f"pages.{suffix}: 7 (") and output.endswith(
+        "; only the first of 3 pages was read\n"
+    )

@@ -1,6 +1,7 @@
 """The layout of the project: imports between modules, and how a model is added."""
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ ALLOWED = {  # parts of the project that a module may import
     "train": {"datafile", "models", "support"},
     "evaluate": {"datafile", "models", "support"},
 }
+README = (ROOT / "README.md").read_text()
 MODULES = [
     *ROOT.glob("*.py"),
     *ROOT.glob("models/*.py"),
@@ -34,6 +36,32 @@ def test_imports_run_one_way_and_functions_fit_on_a_screen(path):
         assert found <= ALLOWED[place], f"line {node.lineno}"
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, node.name
+
+
+@pytest.mark.parametrize("name", ["support", "models", "datafile"])
+def test_packages_of_the_same_names_elsewhere_change_nothing(name, tmp_path):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "__init__.py").write_text("raise SystemExit('the wrong package')")
+    environment = ONE_THREAD | {"PYTHONPATH": str(tmp_path)}
+    (snippet,) = re.findall(r"```python\n(import torch\nfrom datafile.*?)```", README, re.DOTALL)
+    tests = ["-m", "pytest", "-n0", "-q", "--collect-only", "tests/test_metrics.py"]
+    for arguments in ["train.py", "--help"], ["evaluate.py", "--help"], ["-c", snippet], tests:
+        command = [sys.executable, *arguments]
+        ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert ended.returncode == 0, ended.stderr + ended.stdout
+
+
+@pytest.mark.parametrize("flag", ["-I", "-P"])
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
+def test_isolated_modes_of_python_find_the_project(flag, script, tmp_path):
+    command = [sys.executable, flag, ROOT / script, "--help"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
+
+
+@pytest.mark.parametrize("path", [*ROOT.glob("tests/measure/*.py")], ids=lambda path: path.name)
+def test_scripts_that_measure_have_a_usage_message(path):
+    ended = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True)
+    assert ended.returncode == 0 and ended.stdout.startswith(f"usage: {path.name}"), ended.stderr
 
 
 MODEL_4 = '''
@@ -62,7 +90,7 @@ def test_a_model_is_added_by_a_file_an_import_and_a_recipe(small_data, tmp_path)
     with (copy / "models" / "__init__.py").open("a") as file:
         file.write('from .model_4 import Model_4\n\nMODELS["Model_4"] = Model_4\n')
     script = (copy / "train.py").read_text()
-    row = '    "Model_4": Recipe(1, dict.fromkeys(["adam", "adamw", "nadam", "radam", "sgd"], 0.01)),\n'
+    row = '    "Model_4": Recipe(epochs=1),\n    "Model_5": Recipe(),\n'  # the latter is not in MODELS
     (copy / "train.py").write_text(script.replace("RECIPES = {\n", "RECIPES = {\n" + row))
 
     def run(*arguments):
@@ -72,7 +100,9 @@ def test_a_model_is_added_by_a_file_an_import_and_a_recipe(small_data, tmp_path)
         assert process.returncode == 0, process.stderr
         return process.stdout
 
-    assert "Test Accuracy: " in run("train.py", "--model", "Model_4")
+    for optimizer in "adam", "sgd":
+        assert "Test Accuracy: " in run("train.py", "--model", "Model_4", "--optimizer", optimizer)
+    assert "Model_5" not in run("train.py", "--help")
     assert "best_Model_4.pth: Model_4, 7,960 parameters\n" in run("evaluate.py", "best_Model_4.pth")
     plots = {path.stem for path in (copy / "plots").iterdir()}
     assert plots == {"curves_Model_4", "confusion", "mistakes"}

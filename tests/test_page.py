@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 import socket
+import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -64,7 +65,7 @@ def test_a_picture_is_read_as_from_a_file(port, tmp_path, call):
     probabilities = answer["probabilities"]
     assert status == 200 and len(answer["image"]) == 784 and max(answer["image"]) == 255
     assert probabilities.index(max(probabilities)) == 7 and sum(probabilities) == pytest.approx(1)
-    assert f"seven.png: 7 ({100 * max(probabilities):.1f} %), " in output
+    assert f"seven.png: 7 ({max(probabilities):.1%}), " in output
 
 
 def test_an_invalid_image_gets_a_status_and_a_message_and_the_server_keeps_running(port):
@@ -90,11 +91,17 @@ def test_other_sites_and_other_paths_are_rejected(port):
     for headers in (
         {"Host": "["},
         {"Host": "evil.example"},
+        {"Host": "localhost.evil.example"},
+        {"Host": "127.0.0.1.evil.example:80"},
+        {"Origin": "http://localhost.evil.example"},
         {"Origin": "https://evil.example"},
         {"Origin": "null"},
     ):
-        assert ask(port, picture, **headers) == (403, "this page is for 127.0.0.1 only")
+        status, sentence = ask(port, picture, **headers)
+        assert status == 403 and f"ssh -L {port}:127.0.0.1:{port} HOST" in sentence
         assert ask(port, method="GET", **headers)[0] == 403
+    assert ask(port, method="GET", path="/?vscodeBrowserReqId=1")[0] == 200
+    assert ask(port, method="HEAD") == (200, "")
     assert ask(port, picture, path="/other")[0] == 404
     assert ask(port, method="GET", path="/../train.py")[0] == 404
 
@@ -111,12 +118,17 @@ def test_a_silent_client_is_disconnected_after_a_while():
     assert 1 <= page.Handler.timeout <= 10
 
 
-def test_twenty_requests_at_once_and_a_client_that_hangs_up(port):
-    with socket.create_connection(("127.0.0.1", port)) as client:
-        client.sendall(b"POST / HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 5000\r\n\r\nhalf")
+def test_twenty_requests_at_once_and_clients_that_hang_up(port, capfd):
+    reset = struct.pack("ii", 1, 0)  # close without waiting, so that writing to the client fails
+    for start in b"GET / HTTP/1.1", b"POST / HTTP/1.1\r\nContent-Length: 5000", b"GET /other HTTP/1.1":
+        for _ in range(5):
+            with socket.create_connection(("127.0.0.1", port)) as client:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+                client.sendall(start + b"\r\nHost: 127.0.0.1\r\n\r\nhalf")
     with ThreadPoolExecutor(20) as pool:
         answers = list(pool.map(lambda _: ask(port, png(seven())), range(20)))
     assert {status for status, _ in answers} == {200} and len({text for _, text in answers}) == 1
+    assert capfd.readouterr().err == ""
 
 
 def test_a_free_port_is_used_if_the_usual_one_is_taken(port):

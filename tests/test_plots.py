@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 import models
-from conftest import WEIGHTS, seven
+from conftest import ONE_THREAD, WEIGHTS, seven
 from support import plots
 
 
@@ -91,6 +91,33 @@ def test_pictures_are_drawn_small(call, fit, small_data, tmp_path):
     assert {path.stem for path in (tmp_path / "plots").iterdir()} == names
     assert all(is_small_png(path) for path in (tmp_path / "plots").iterdir())
     assert "See plots/curves_Model_1_seed0.png\n" in output
+
+
+def test_a_plot_that_cannot_be_written_is_named_and_the_old_one_kept(call, small_data, tmp_path, monkeypatch):
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "confusion.png").write_text("old")
+
+    def full(source, target):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    options = "--device", "cpu", "--data-dir", small_data, "--plot", "plots"
+    process = call("evaluate.py", WEIGHTS / "Model_1.pth", *options, check=False)
+    name = Path("plots") / "confusion.png"
+    assert process.stderr == f"evaluate.py: error: {name} could not be written (No space left on device)\n"
+    assert [path.read_text() for path in (tmp_path / "plots").iterdir()] == ["old"]
+
+
+def test_a_broken_style_file_is_reported_before_the_training(run, small_data, tmp_path):
+    (tmp_path / "stylelib").mkdir()
+    (tmp_path / "stylelib" / "broken.mplstyle").write_bytes(b"# \xff\xfe")
+    environment = ONE_THREAD | {"MPLCONFIGDIR": str(tmp_path)}
+    options = "--data-dir", small_data, "--device", "cpu", "--plot", "plots"
+    process = run("train.py", "--model", "Model_1", *options, env=environment, check=False)
+    assert (process.returncode, process.stdout) == (1, "")
+    assert (
+        process.stderr.startswith("train.py: error: --plot requires matplotlib") and "codec" in process.stderr
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@
 The first argument is the ingredient to leave out; the others are train.py's.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -54,7 +55,8 @@ def averaging():
 VARIANTS = {function.__name__: function for function in (deskewing, symmetry, averaging)}
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2 or sys.argv[1] not in VARIANTS:
-        sys.exit(f"ablation.py: error: choose an ingredient to leave out: {', '.join(VARIANTS)}")
-    VARIANTS[sys.argv.pop(1)]()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="Other flags are train.py's.")
+    parser.add_argument("ingredient", choices=VARIANTS, help="what to leave out")
+    args, sys.argv[1:] = parser.parse_known_args()
+    VARIANTS[args.ingredient]()
     train.main()

@@ -8,6 +8,7 @@ median of the ratios of three rounds or more, so that a slow minute of the machi
 Training runs on CUDA if it is available.
 """
 
+import argparse
 import contextlib
 import copy
 import os
@@ -32,7 +33,6 @@ sys.path.insert(0, str(ROOT))
 import datafile  # noqa: E402
 import models  # noqa: E402
 import train  # noqa: E402
-from support import device  # noqa: E402
 from support.augmentation import augment  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -72,11 +72,11 @@ def bare_batches(x, y):
 
 
 def loader_against_standard():
-    """1: images/s of train_loader over those of DataLoader, 2 workers, over torchvision.datasets.MNIST"""
+    """1: images/s of the training loader over DataLoader with 2 workers on torchvision.datasets.MNIST"""
     standard = DataLoader(standard_dataset(), batch_size=128, shuffle=True, num_workers=2)
     loader = datafile.get_loaders()[0]
     ratio = median_ratio(lambda: read(standard), lambda: read(loader))
-    return f"{ratio * len(loader.dataset) / len(standard.dataset):.0f} x"
+    return f"{ratio * len(loader.dataset) / len(standard.dataset):.0f}x"
 
 
 def epoch_against_bare_loop():
@@ -98,7 +98,7 @@ def epoch_against_bare_loop():
         loss.item()
 
     epoch = lambda: train.train_epoch(model, average, loader, optimizer, 1)  # noqa: E731
-    return f"{median_ratio(epoch, bare, rounds=7):.3f} x"
+    return f"{median_ratio(epoch, bare, rounds=7):.3f}x"
 
 
 def step_against_peak():
@@ -164,7 +164,7 @@ train.main()
     imports = lambda: python(*IMPORTS)  # noqa: E731
     usage = median_ratio(lambda: python(ROOT / "train.py", "--help"), imports, rounds=5)
     first_step = median_ratio(lambda: python("-c", to_first_step), imports, rounds=5)
-    return f"{usage:.2f} x, {first_step:.2f} x"
+    return f"{usage:.2f}x, {first_step:.2f}x"
 
 
 def memory_against_imports():
@@ -174,7 +174,7 @@ def memory_against_imports():
 
 
 def seconds_to_99_percent(seed, optimizer="adam"):
-    """The time from the start of `python train.py` until it has printed a validation accuracy of 99 %."""
+    """The time from the start of `python train.py` until it has printed a validation accuracy of 99%."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         pipe = {"stdout": subprocess.PIPE, "text": True}
@@ -218,12 +218,12 @@ def standard_seconds_to_99_percent():
 
 
 def time_to_99_percent():
-    """6: time until 99 % validation, Model_3, over that of pytorch/examples `mnist`; over fast_recipe.py's"""
+    """6: time until 99% validation, Model_3, over that of pytorch/examples `mnist`; over fast_recipe.py's"""
     before = [seconds_to_99_percent(seed) for seed in range(3)]
     theirs = standard_seconds_to_99_percent()
     fast = statistics.median(timed(lambda: python(ROOT / "tests/measure/fast_recipe.py")) for _ in range(3))
     ours = statistics.median(before + [seconds_to_99_percent(seed) for seed in range(3)])
-    return f"1/{theirs / ours:.1f}, {ours / fast:.2f} x: {ours:.1f} s, {theirs:.0f} s, {fast:.1f} s"
+    return f"1/{theirs / ours:.1f}, {ours / fast:.2f}x: {ours:.1f} s, {theirs:.0f} s, {fast:.1f} s"
 
 
 ONE_EPOCH = ROOT / "train.py", "--epochs", 1
@@ -237,7 +237,7 @@ def two_with_nothing_set():
             runs = [start(*ONE_EPOCH, folder=folder) for folder in (one, two)]
             assert not any(run.wait() for run in runs)
 
-    return f"{median_ratio(together, lambda: python(*ONE_EPOCH)):.2f} x"
+    return f"{median_ratio(together, lambda: python(*ONE_EPOCH)):.2f}x"
 
 
 def beside_a_busy_process():
@@ -252,7 +252,7 @@ def beside_a_busy_process():
                 busy.kill()
                 busy.wait()
 
-    return f"{median_ratio(beside, lambda: python(*ONE_EPOCH)):.2f} x"
+    return f"{median_ratio(beside, lambda: python(*ONE_EPOCH)):.2f}x"
 
 
 ROWS = [
@@ -276,11 +276,16 @@ def cpu_name():
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    numbers = range(1, 1 + len(ROWS))
+    parser.add_argument(
+        "rows", nargs="*", type=int, metavar="ROW", help=f"{numbers[0]} to {numbers[-1]}, or all"
+    )
+    chosen = parser.parse_args().rows or numbers
     versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
     capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
     print(f"{cpu_name()}, {os.cpu_count()} cores, {capability}, {threads} threads; {versions}, {DEVICE}")
-    device.keep_freed_memory()  # as a run does before its first epoch
-    chosen = [int(number) for number in sys.argv[1:]] or range(1, 1 + len(ROWS))
+    train.keep_freed_memory()  # as a run does before its first epoch
     for row in chosen:
         print(f"{ROWS[row - 1].__doc__}: {ROWS[row - 1]()}", flush=True)
 

@@ -1,9 +1,10 @@
-"""Digits that are not MNIST's: in handwriting-like fonts and of lines, as if photographed or exported.
+"""Draws digits in handwriting-like fonts and of lines, as if photographed or exported, and reads them.
 
 python tests/measure/fonts.py best_Model_3.pth            # draws 191 in a folder that is then deleted
 python tests/measure/fonts.py best_Model_3.pth 0 5 6 7 8  # 191 for each of these seeds
 """
 
+import argparse
 import itertools
 import math
 import random
@@ -18,7 +19,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import datafile  # noqa: E402
 from support import checkpoint  # noqa: E402
-from support.drawings import read_drawing  # noqa: E402
+from support.digit_image import read_digit  # noqa: E402
 
 FONTS = [  # from the Debian packages that .ci/run installs
     "truetype/fifthhorseman/dkg.ttf",
@@ -155,16 +156,19 @@ def draw_all(folder, seed=0):
 @torch.no_grad()
 def accuracy(model, drawings):
     """Returns the fraction of the drawings, pairs of a path and a digit, that a model reads as that digit."""
-    images = torch.stack([read_drawing(path) for path, _ in drawings])
+    images = torch.stack([read_digit(path) for path, _ in drawings])
     digits = torch.tensor([digit for _, digit in drawings])
     return float((model(datafile.normalize(images)).argmax(1) == digits).float().mean())
 
 
 def main():
-    path, *seeds = sys.argv[1:]
-    model = checkpoint.load(Path(path))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoint")
+    parser.add_argument("seeds", nargs="*", type=int, default=[0])
+    args = parser.parse_args()
+    model = checkpoint.load(args.checkpoint)
     shares = {}
-    for seed in map(int, seeds or ["0"]):
+    for seed in args.seeds:
         with tempfile.TemporaryDirectory() as folder:
             for kind, drawn in draw_all(Path(folder), seed).items():
                 shares.setdefault(kind, []).append((len(drawn), accuracy(model, drawn)))

@@ -5,6 +5,7 @@ python tests/measure/handwriting.py [CHECKPOINT]
 Prints a table by kind: how many images are read as the digit that was drawn, as another one, or as empty.
 """
 
+import argparse
 import itertools
 import random
 import sys
@@ -16,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFilter
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import datafile  # noqa: E402
 from support import checkpoint  # noqa: E402
-from support.drawings import DrawingError, read_drawing  # noqa: E402
+from support.digit_image import ImageError, read_digit  # noqa: E402
 
 THREE = [
     [
@@ -182,8 +183,8 @@ def count(model, images):
     counts = [0, 0, 0]
     for image, digit in images:
         try:
-            prediction = int(model(datafile.normalize(read_drawing(image)[None])).argmax())
-        except DrawingError:
+            prediction = int(model(datafile.normalize(read_digit(image)[None])).argmax())
+        except ImageError:
             counts[2] += 1
             continue
         counts[prediction != digit] += 1
@@ -191,7 +192,9 @@ def count(model, images):
 
 
 def main():
-    model = checkpoint.load(Path((sys.argv[1:] or ["models/weights/Model_3.pth"])[0]))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("checkpoint", nargs="?", default="models/weights/Model_3.pth")
+    model = checkpoint.load(parser.parse_args().checkpoint)
     print(f"{'kind':20}{'read':>6}{'other':>7}{'empty':>7}")
     for kind in KINDS:
         print("{:20}{:6}{:7}{:7}".format(kind.__name__.replace("_", " "), *count(model, kind())))

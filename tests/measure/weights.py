@@ -1,36 +1,36 @@
-"""Trains the files in models/weights: of seeds 0 to 9, the one with the highest validation accuracy.
+"""Copies the files of models/weights from many runs: for each model, from the run with the best validation.
 
-    torchrun --nproc-per-node=2 tests/measure/weights.py
+    torchrun --nproc-per-node=2 train.py --model all --seed 1000 --runs 20 --output-dir runs
+    python tests/measure/weights.py runs
 
-About a quarter of an hour on two cores. The lowest seed wins ties; the test set is not used.
+About an hour on two cores. The lowest seed wins ties; the test set is not used.
 """
 
+import argparse
+import re
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
-import train  # noqa: E402
-from support import device, workers  # noqa: E402
+from models import MODELS  # noqa: E402
+from support import checkpoint  # noqa: E402
 
 
 def main():
-    with tempfile.TemporaryDirectory() as folder, workers.process_group():
-        args = train.parse_args(["--runs", "10", "--output-dir", folder])
-        args.device = device.select_device()
-        for name in train.RECIPES:
-            own = {
-                seed: train.train(name, args, seed)[0]
-                for seed in range(10)[workers.RANK :: workers.WORLD_SIZE]
-            }
-            best = max(own, key=own.get)
-            accuracy, seed = max(workers.gather((own[best], -best)))
-            if seed == -best:
-                weights = ROOT / "models" / "weights" / f"{name}.pth"
-                shutil.copy(Path(folder) / f"best_{name}_seed{best}.pth", weights)
-            print(f"{name}: seed {-seed}, validation accuracy {accuracy:.2%}")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", type=Path, help="the runs' output directory")
+    folder = parser.parse_args().runs
+    for name in MODELS:
+        results = []
+        for path in folder.glob(f"last_{name}_seed*.pth"):
+            history = checkpoint.read(path)["state"]["history"]
+            seed = int(re.search(r"\d+$", path.stem)[0])
+            results.append((history[checkpoint.best_epoch(history) - 1]["validation_accuracy"], -seed))
+        accuracy, seed = max(results)
+        shutil.copy(folder / f"best_{name}_seed{-seed}.pth", ROOT / "models" / "weights" / f"{name}.pth")
+        print(f"{name}: seed {-seed}, validation accuracy {accuracy:.2%}")
 
 
 if __name__ == "__main__":

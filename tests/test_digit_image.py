@@ -14,7 +14,7 @@ from PIL.TiffImagePlugin import IFDRational
 
 import datafile
 from conftest import RAW_DIR, ROOT, WEIGHTS, seven
-from support import checkpoint, drawings
+from support import checkpoint, digit_image, files
 
 needs_fonts = pytest.mark.skipif(
     not all((fonts.FONT_FOLDER / font).exists() for font in fonts.FONTS),
@@ -45,7 +45,7 @@ def test_a_drawing_is_converted_to_mnists_format(tmp_path):
         "sixteen_bits.png": seven(1500, mode="I").point(lambda value: value * 200 + 1000).convert("I;16"),
     }.items():
         picture.save(tmp_path / name)
-        image = drawings.read_drawing(tmp_path / name)
+        image = digit_image.read_digit(tmp_path / name)
         assert image.shape == (28, 28) and image.dtype == torch.uint8 and image.max() == 255, name
         ink = image.float()
         rows, columns = (ink.sum(dimension).nonzero() for dimension in (1, 0))
@@ -67,8 +67,8 @@ def test_a_picture_without_a_digit_is_empty(tmp_path):
         Image.linear_gradient("L"),
     ]:
         picture.save(tmp_path / "nothing.tif")
-        with pytest.raises(drawings.DrawingError, match="is empty"):
-            drawings.read_drawing(tmp_path / "nothing.tif")
+        with pytest.raises(digit_image.ImageError, match="is empty"):
+            digit_image.read_digit(tmp_path / "nothing.tif")
 
 
 def test_transparent_pixels_are_background(tmp_path):
@@ -77,7 +77,7 @@ def test_transparent_pixels_are_background(tmp_path):
         picture = Image.new("RGBA", (200, 200), color)
         picture.putalpha(seven(ink=255, paper=0))
         picture.save(tmp_path / f"{name}.png")
-        image = drawings.read_drawing(tmp_path / f"{name}.png").int()
+        image = digit_image.read_digit(tmp_path / f"{name}.png").int()
         expected = image if expected is None else expected
         assert (image - expected).abs().max() <= 8, name
 
@@ -89,7 +89,7 @@ def test_a_rotated_photo_is_turned_upright(tmp_path):
     orientation = Image.Exif()
     orientation[0x0112] = 6  # to be shown rotated clockwise
     turned.save(tmp_path / "turned.png", exif=orientation)
-    images = [drawings.read_drawing(tmp_path / name).int() for name in ("upright.png", "turned.png")]
+    images = [digit_image.read_digit(tmp_path / name).int() for name in ("upright.png", "turned.png")]
     assert (images[0] - images[1]).abs().max() <= 16
 
 
@@ -99,7 +99,7 @@ def test_a_stain_beside_the_digit_changes_nothing(tmp_path):
     images = []
     for picture in clean, stained:
         picture.save(tmp_path / "seven.png")
-        images.append(drawings.read_drawing(tmp_path / "seven.png").int())
+        images.append(digit_image.read_digit(tmp_path / "seven.png").int())
     assert (images[0] - images[1]).abs().max() <= 16
 
 
@@ -110,7 +110,7 @@ def test_a_small_digit_on_a_large_page_is_read_at_full_resolution(tmp_path):
     images = []
     for picture in page, seven(112):
         picture.save(tmp_path / "seven.png")
-        images.append(drawings.read_drawing(tmp_path / "seven.png").float() / 255)
+        images.append(digit_image.read_digit(tmp_path / "seven.png").float() / 255)
     assert (images[0] - images[1]).abs().mean() < 0.01
 
 
@@ -126,7 +126,7 @@ def huge_png(width, height):
 
 
 def test_a_picture_whose_metadata_cannot_be_read_is_read(tmp_path):
-    expected = drawings.read_drawing(seven(mode="RGB"))
+    expected = digit_image.read_digit(seven(mode="RGB"))
     info = PngImagePlugin.PngInfo()
     info.add_text("comment", "x" * 2_000_000, zip=True)
     seven(mode="RGB").save(tmp_path / "comment.png", pnginfo=info)
@@ -137,32 +137,33 @@ def test_a_picture_whose_metadata_cannot_be_read_is_read(tmp_path):
     for name in "comment.png", "exif.png", "rational.png":
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert torch.equal(drawings.read_drawing(tmp_path / name), expected), name
+            assert torch.equal(digit_image.read_digit(tmp_path / name), expected), name
 
 
 def test_sixteen_bits_are_read_in_both_byte_orders(tmp_path):
-    expected = drawings.read_drawing(seven())
+    expected = digit_image.read_digit(seven())
     values = torch.tensor(list(seven().tobytes())).view(200, 200) * 200 + 1000
     for mode, order in ("I;16", "<u2"), ("I;16B", ">u2"):
         Image.frombytes(mode, (200, 200), values.numpy().astype(order).tobytes()).save(tmp_path / "deep.tif")
-        assert (drawings.read_drawing(tmp_path / "deep.tif").int() - expected.int()).abs().max() <= 2
+        assert (digit_image.read_digit(tmp_path / "deep.tif").int() - expected.int()).abs().max() <= 2
 
 
+@pytest.mark.filterwarnings("ignore:Image size")
 def test_a_photo_of_90_megapixels_is_decoded_at_a_fraction_of_its_size(tmp_path):
     photo = Image.new("L", (10_000, 9_000), 255)
     photo.paste(seven(4_000), (3_000, 2_500))
     photo.save(tmp_path / "photo.jpg")
-    expected = drawings.read_drawing(seven(400)).float()
-    assert (drawings.read_drawing(tmp_path / "photo.jpg").float() - expected).abs().mean() < 10
+    expected = digit_image.read_digit(seven(400)).float()
+    assert (digit_image.read_digit(tmp_path / "photo.jpg").float() - expected).abs().mean() < 10
 
 
 def test_a_path_a_file_and_an_image_give_the_same(tmp_path):
     seven().save(tmp_path / "seven.png")
-    expected = drawings.read_drawing(tmp_path / "seven.png")
-    assert torch.equal(drawings.read_drawing(str(tmp_path / "seven.png")), expected)
-    assert torch.equal(drawings.read_drawing(io.BytesIO((tmp_path / "seven.png").read_bytes())), expected)
+    expected = digit_image.read_digit(tmp_path / "seven.png")
+    assert torch.equal(digit_image.read_digit(str(tmp_path / "seven.png")), expected)
+    assert torch.equal(digit_image.read_digit(io.BytesIO((tmp_path / "seven.png").read_bytes())), expected)
     image = seven()
-    assert torch.equal(drawings.read_drawing(image), expected) and image.size == (200, 200)
+    assert torch.equal(digit_image.read_digit(image), expected) and image.size == (200, 200)
 
 
 @pytest.mark.parametrize("kind", handwriting.KINDS, ids=lambda kind: kind.__name__)
@@ -179,7 +180,7 @@ def test_several_digits_get_a_remark_and_one_digit_none(number, gap):
     for index in range(number):
         page.paste(seven(100).crop((20, 20, 80, 80)), (50 + index * (60 + gap), 70))
     remark = f"this looks like {number} digits: give each its own image" if number > 1 else ""
-    assert drawings.examine(page)[1] == remark
+    assert digit_image.read_digit_and_remark(page)[1] == remark
 
 
 def test_a_digit_in_two_parts_is_one_digit_and_a_spot_or_a_line_may_be_none():
@@ -189,27 +190,30 @@ def test_a_digit_in_two_parts_is_one_digit_and_a_spot_or_a_line_may_be_none():
         [(108, 42), (140, 60), (150, 100), (140, 140), (108, 158)],
     ]
     for strokes in five, broken_zero:
-        assert drawings.examine(handwriting.draw((200, 200), strokes, 8))[1] == ""
+        assert digit_image.read_digit_and_remark(handwriting.draw((200, 200), strokes, 8))[1] == ""
     for strokes in [[(100, 100), (101, 101)]], [[(20, 100), (180, 104)]]:
-        assert drawings.examine(handwriting.draw((200, 200), strokes, 14))[1] == "this may not be a digit"
+        assert (
+            digit_image.read_digit_and_remark(handwriting.draw((200, 200), strokes, 14))[1]
+            == "this may not be a digit"
+        )
 
 
 def test_at_most_one_in_500_digits_of_mnist_gets_a_remark(mnist):
     images = datafile.read_split(RAW_DIR, "train")[0][:1_000, None].float() / 255
     large = torch.nn.functional.interpolate(images, scale_factor=4, mode="bilinear")
-    assert sum(bool(drawings.describe(image[0])) for image in large) <= 2
+    assert sum(bool(digit_image.remark_on(image[0])) for image in large) <= 2
 
 
 def test_a_stroke_that_runs_off_the_image_is_kept():
     four = [[(60, 30), (50, 110), (120, 110)], [(145, 40), (145, 199)]]  # two strokes apart, one to the edge
-    image = drawings.read_drawing(handwriting.draw((200, 200), four, 10)).float() / 255
+    image = digit_image.read_digit(handwriting.draw((200, 200), four, 10)).float() / 255
     assert image[:, image.sum(0).nonzero()[-2:]].sum() > 10  # the stem, on the right
 
 
 def test_a_stroke_along_the_edge_of_the_image_is_kept():
     five = [[(60, 82), (60, 110), (100, 110), (120, 140), (100, 170), (60, 170)], [(60, 56), (130, 56)]]
     page = handwriting.draw((200, 200), five, 8)
-    expected, image = (drawings.read_drawing(page.crop((0, top, 200, 200))) for top in (0, 54))
+    expected, image = (digit_image.read_digit(page.crop((0, top, 200, 200))) for top in (0, 54))
     assert (expected.float() - image.float()).abs().mean() < 10
 
 
@@ -220,8 +224,17 @@ def test_an_image_of_any_size_is_read_or_raises_drawing_error():
         image = Image.new("L", size, generator.randint(0, 255))
         points = [(generator.randint(0, size[0]), generator.randint(0, size[1])) for _ in range(3)]
         ImageDraw.Draw(image).line(points, fill=generator.randint(0, 255), width=1 + min(size) // 3)
-        with contextlib.suppress(drawings.DrawingError):
-            assert drawings.read_drawing(image).max() == 255
+        with contextlib.suppress(digit_image.ImageError):
+            assert digit_image.read_digit(image).max() == 255
+
+
+def test_pillows_limit_may_be_off_and_no_setting_of_pythons_warnings_is_touched(tmp_path, monkeypatch):
+    seven().save(tmp_path / "seven.png")
+    expected, filters = digit_image.read_digit(tmp_path / "seven.png"), list(warnings.filters)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
+    assert (
+        torch.equal(digit_image.read_digit(tmp_path / "seven.png"), expected) and warnings.filters == filters
+    )
 
 
 def test_images_are_found_in_directories_by_extension(tmp_path):
@@ -238,14 +251,14 @@ def test_images_are_found_in_directories_by_extension(tmp_path):
         (tmp_path / "photos" / name).touch()
     (tmp_path / "photos" / "folder.png").mkdir()
     (tmp_path / "alone.pdf").touch()
-    images, others = drawings.find_images([tmp_path / "alone.pdf", tmp_path / "photos"])
+    images, others = files.find_images([tmp_path / "alone.pdf", tmp_path / "photos"])
     assert [path.name for path in images] == ["alone.pdf", "c.tiff", "a sêven.jpg", "b.PNG"]
     assert [path.name for path in others] == ["IMG_1.HEIC", "notes.pdf"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(drawings.DrawingError, match="empty contains no images"):
-        drawings.find_images([tmp_path / "empty"])
+    assert files.find_images([tmp_path / "empty", tmp_path / "p*" / "*" / "deep"]) == ([images[1]], [])
 
 
+@pytest.mark.filterwarnings("ignore:Image size")
 def test_files_that_cannot_be_read_are_errors_that_name_them(tmp_path):
     seven().save(tmp_path / "seven.png")
     (tmp_path / "blank.png").write_bytes(b"")
@@ -266,6 +279,6 @@ def test_files_that_cannot_be_read_are_errors_that_name_them(tmp_path):
         ("", ": not a regular file"),
         ("notes.txt", "is not an image that can be read"),
     ]:
-        with pytest.raises(drawings.DrawingError) as caught:
-            drawings.read_drawing(tmp_path / name)
+        with pytest.raises(digit_image.ImageError) as caught:
+            digit_image.read_digit(tmp_path / name)
         assert str(caught.value).startswith(str(tmp_path / name)) and reason in str(caught.value)

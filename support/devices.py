@@ -1,4 +1,4 @@
-"""The device to run on, and the memory of the CPU."""
+"""Device selection."""
 
 import argparse
 import os
@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from support import process, workers
+from support import distributed, process
 
 
-def device(text):
+def parse_device(text):
     """Argument type for devices: returns a `torch.device` after creating a tensor on it."""
     try:
         torch.zeros(1, device=text).item()
@@ -24,27 +24,18 @@ def device(text):
 def select_device(chosen=None):
     """Returns `chosen`, or by default CUDA if a tensor can be created on it, else the CPU.
 
-    Prints a line if there is an NVIDIA GPU that cannot be used. With torchrun, each worker gets its own GPU.
+    Prints a line if there is an NVIDIA GPU that cannot be used. With torchrun, each process gets its own GPU.
     """
     if chosen is None and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
         try:
-            chosen = device("cuda")
+            chosen = parse_device("cuda")
         except argparse.ArgumentTypeError as error:
             files = [*Path("/dev").glob("nvidia[0-9]*"), *Path("/usr/lib/wsl/lib").glob("libcuda.so*")]
             if files or shutil.which("nvidia-smi"):
                 process.warn(f"Running on the CPU: {error}")
     chosen = chosen or torch.device("cpu")
-    if chosen == torch.device("cuda") and workers.WORLD_SIZE > 1:
-        chosen = torch.device("cuda", workers.LOCAL_RANK % torch.cuda.device_count())
+    if chosen == torch.device("cuda") and distributed.WORLD_SIZE > 1:
+        chosen = torch.device("cuda", distributed.LOCAL_RANK % torch.cuda.device_count())
     if chosen.type == "cuda" and chosen.index is not None:
         torch.cuda.set_device(chosen)
     return chosen
-
-
-def keep_freed_memory():
-    """Raises glibc's mmap threshold so that memory freed by one step is reused by the next.
-
-    Otherwise it is returned to the kernel and zeroed on reuse, which can take up to half of a CPU step.
-    The threshold becomes the size of the largest block freed so far, up to 32 MiB.
-    """
-    torch.empty(33_000_000, dtype=torch.uint8)

@@ -1,7 +1,7 @@
-"""Conversion of images of handwritten digits to MNIST's format."""
+"""Conversion of photos and drawings of digits to MNIST's format."""
 
+import contextlib
 import math
-import warnings
 from pathlib import Path
 
 import torch
@@ -9,18 +9,18 @@ from PIL import Image, ImageOps, ImageStat, PngImagePlugin  # Pillow comes with 
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d, pad
 from torchvision.transforms.functional import pil_to_tensor
 
+from support.process import RunError
+
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # long comments are allowed
-SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
-TRANSPOSE = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}  # from EXIF orientation to `Image.Transpose`
 MAX_AREA = 1024 * 1024  # pixels of an image in memory
 SIDE = 128  # the background is subtracted in an image of about SIDE x SIDE pixels
 
 
-class DrawingError(ValueError):
+class ImageError(RunError):
     """A file is not an image that can be read, or contains no digit."""
 
 
-def read_drawing(source):
+def read_digit(source):
     """Reads an image of one digit and converts it to MNIST's format.
 
     The background may be lighter or darker than the ink, unevenly lit, ruled, colored or transparent. As in
@@ -35,22 +35,23 @@ def read_drawing(source):
         uint8 (28, 28), 0 for the background to 255 for ink.
 
     Raises:
-        DrawingError: the file does not exist, is not an image, is too large, or contains no ink.
+        ImageError: the file does not exist, is not an image, is too large, or contains no ink.
         OSError: the file cannot be read.
     """
-    return examine(source)[0]
+    return read_digit_and_remark(source)[0]
 
 
-def examine(source):
-    """Returns the result of `read_drawing`, and a remark if it may not be a single digit, else ""."""
+def read_digit_and_remark(source):
+    """Returns the result of `read_digit`, and a remark if it may not be a single digit, else ""."""
     name = source if isinstance(source, str | Path) else "the drawing"
-    picture = to_grayscale(open_image(source, name))
+    image, pages = open_image(source, name)
+    picture = to_grayscale(image)
     for subtract in subtract_surface, subtract_closing:
         ink, sign = find_ink(picture, subtract)
         if ink is not None:
             break
     else:
-        raise DrawingError(f"{name} is empty: nothing stands out from the background")
+        raise ImageError(f"{name} is empty: nothing stands out from the background")
     lines = find_lines(ink)
     ink = ink * ~lines
     # A second, closer look at the part that contains the digit.
@@ -63,10 +64,11 @@ def examine(source):
         near = max_pool2d(ink[None, None, top:bottom, left:right], 9, 1, 4)
         closer = closer * (interpolate(near, closer.shape, mode="bilinear")[0, 0] > 0.1)
     digit = center(closer if closer is not None and (closer > 0.3).any() else ink)
-    return digit, describe(ink)
+    remarks = [remark_on(ink), f"only the first of {pages} pages was read" * (pages > 1)]
+    return digit, "; ".join(filter(None, remarks))
 
 
-def describe(ink):
+def remark_on(ink):
     """Returns a remark if ink, float32 (H, W), does not look like a single digit, else ""."""
     top, left, bottom, right = bounding_box(ink, margin=0)
     height, width = bottom - top, right - left
@@ -100,80 +102,47 @@ def center(ink):
     return (image * 255).round().byte()
 
 
-def find_images(paths):
-    """Expands directories to the image files in them and in their subdirectories, by extension.
-
-    Hidden files are excluded.
-
-    Returns:
-        A list of paths of images, and a list of paths of the other files in the directories.
-
-    Raises:
-        DrawingError: a directory contains no image.
-        OSError: a directory cannot be read.
-    """
-    images, others = [], []
-    for path in paths:
-        files = [path]
-        if path.is_dir():
-            files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-            files = [file for file in files if "/." not in f"/{file.relative_to(path).as_posix()}"]
-            others += [file for file in files if file.suffix.lower() not in SUFFIXES]
-            files = [file for file in files if file.suffix.lower() in SUFFIXES]
-            if not files:
-                raise DrawingError(f"{path} contains no images")
-        images += files
-    return images, others
-
-
 def open_image(source, name):
-    """Returns an upright RGBA image of at most about 1,024 x 1,024 pixels; see `read_drawing`.
+    """Returns an upright RGBA image of at most about 1,024 x 1,024 pixels, and its number of pages.
 
     Args:
         source: path of an image file, a binary file object or a `PIL.Image`.
-        name: of the source, for error messages.
+        name: name of the source, for error messages.
     """
     if isinstance(source, str | Path) and not Path(source).is_file():
-        raise DrawingError(f"{name}: {'not a regular file' if Path(source).exists() else 'no such file'}")
+        raise ImageError(f"{name}: {'not a regular file' if Path(source).exists() else 'no such file'}")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's, about metadata and size
-            image = source.copy() if isinstance(source, Image.Image) else Image.open(source)
-            image.draft(None, scaled_size(image))  # decodes a JPEG at a fraction of its size
-            if math.prod(image.size) > Image.MAX_IMAGE_PIXELS:
-                raise Image.DecompressionBombError
-            image.load()
-            orientation = read_orientation(image)
-            if image.mode[0] in "IF":  # more than 8 bits per pixel
-                image = image.convert(image.mode[0]).convert("F")
-                low, high = image.getextrema()
-                scale = 255 / max(high - low, 1e-9)
-                image = image.point(lambda value: value * scale - low * scale).convert("L")
-            image = image.convert("RGBA")
-            image.thumbnail(scaled_size(image))
+        image = source.copy() if isinstance(source, Image.Image) else Image.open(source)
+        pages = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # MPO: a photo and its preview
+        image.draft(None, scaled_size(image))  # decodes a JPEG at a fraction of its size
+        limit = Image.MAX_IMAGE_PIXELS or math.inf
+        if math.prod(image.size) > limit:
+            raise Image.DecompressionBombError
+        image.load()
+        with contextlib.suppress(Exception):  # corrupt metadata can raise almost anything
+            image = ImageOps.exif_transpose(image)
+        if image.mode[0] in "IF":  # more than 8 bits per pixel
+            image = image.convert(image.mode[0]).convert("F")
+            low, high = image.getextrema()
+            scale = 255 / max(high - low, 1e-9)
+            image = image.point(lambda value: value * scale - low * scale).convert("L")
+        image = image.convert("RGBA")
+        image.thumbnail(scaled_size(image))
     except Image.DecompressionBombError as error:
-        raise DrawingError(f"{name} is too large: it has over {Image.MAX_IMAGE_PIXELS:,} pixels") from error
+        raise ImageError(f"{name} is too large: it has over {Image.MAX_IMAGE_PIXELS:,} pixels") from error
     except MemoryError:
         raise
     except Exception as error:  # a corrupt file can raise almost anything
         if isinstance(error, OSError) and error.errno:
             raise
-        raise DrawingError(f"{name} is not an image that can be read") from error
-    return image.transpose(TRANSPOSE[orientation]) if orientation in TRANSPOSE else image
+        raise ImageError(f"{name} is not an image that can be read") from error
+    return image, pages
 
 
 def scaled_size(image):
     """Returns the width and height of an image, scaled down to `MAX_AREA` if it is larger."""
     scale = min(1, math.sqrt(MAX_AREA / math.prod(image.size)))
     return [max(1, math.ceil(scale * side)) for side in image.size]
-
-
-def read_orientation(image):
-    """Returns the EXIF orientation of an image, or 1 (upright) if it has none or it cannot be read."""
-    try:
-        return image.getexif().get(0x0112, 1)
-    except Exception:  # corrupt metadata can raise almost anything
-        return 1
 
 
 def to_grayscale(image):
