@@ -392,6 +392,29 @@ def test_a_killed_worker_costs_only_its_unfinished_run(small_data, fit, tmp_path
     assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
 
 
+def test_one_of_the_workers_checks_the_data_before_the_others_read_it(small_data, tmp_path):
+    """An empty directory, into which only one of them may download."""
+    (tmp_path / "data").mkdir()
+    offline = "import torchvision.datasets as d; d.MNIST.mirrors = ['http://127.0.0.1:9/']"
+    (tmp_path / "sitecustomize.py").write_text(offline)
+    environment = ONE_THREAD | {"PYTHONPATH": str(tmp_path)}
+    command = (
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        ROOT / "train.py",
+    )
+    options = "--runs", "2", "--device", "cpu", "--data-dir", "data"
+    running = subprocess.run(
+        [*command, *options], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert running.returncode != 0 and running.stdout.count("Downloading MNIST") == 1
+    assert running.stderr.count("MNIST could not be downloaded") == 1
+    assert "add --resume" not in running.stderr
+
+
 def test_workers_do_not_share_a_single_run(small_data, tmp_path):
     running = workers(2, tmp_path, small_data)
     output, errors = running.communicate()
