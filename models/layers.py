@@ -18,13 +18,13 @@ class Deskew(nn.Module):
     """Normalizes each digit: centers it, removes its slant and evens out its size.
 
     The layer has no parameters; the transform is computed from image moments. The digit is shifted by its
-    centroid, sheared by the regression of x on y, and scaled in height and width by the geometric mean of its
-    own standard deviation and that of a digit that fills the image. After C.-L. Liu et al., "Handwritten
-    digit recognition: investigation of normalization and feature extraction techniques", Pattern
-    Recognition 37(2), 2004.
+    centroid, sheared by the regression of x on y, and scaled in height and width so that each standard
+    deviation becomes the geometric mean of its own value and that of a digit that fills the image. After
+    C.-L. Liu et al., "Handwritten digit recognition: investigation of normalization and feature extraction
+    techniques", Pattern Recognition 37(2), 2004.
 
     Takes images (N, 1, 28, 28) of any real dtype and value range: the minimum of each image is background
-    and its maximum ink; an image with a range below 0.001 is treated as blank.
+    and its maximum ink; an image with a range below 0.001 is amplified less.
     Returns (N, 1, 28, 28) in the module's own dtype, 0 for background and `INK` for ink.
     """
 
@@ -61,9 +61,10 @@ class Deskew(nn.Module):
 def orient(filters):
     """Returns filters in eight orientations: four rotations, and the four of their mirror images.
 
-    If the input channels are orientations, they are permuted along with the rotation, which makes the
-    convolution equivariant: rotating or mirroring the input rotates or mirrors the output and permutes its
-    channels. The group is p4m of T. Cohen, M. Welling, "Group equivariant convolutional networks", ICML 2016.
+    If the input channels are orientations, they are permuted along with the rotation. This makes a
+    convolution with stride 1 equivariant: rotating or mirroring the input rotates or mirrors the output and
+    permutes its channels. The group is p4m of T. Cohen, M. Welling, "Group equivariant convolutional
+    networks", ICML 2016.
 
     Takes (F, C, mirrors, turns, K, K), where (mirrors, turns) is (2, 4), or (1, 1) for plain images.
     Returns (8 * F, C * mirrors * turns, K, K); the orientations of a filter are adjacent.
@@ -109,24 +110,24 @@ class P4MConv2d(nn.Module):
 
 
 class P4MReadout(nn.Module):
-    """A depthwise convolution over the whole image, with each kernel rotated to its channel (see `orient`).
+    """A depthwise convolution over the whole image, each kernel in the orientation of its channel.
 
-    It has no bias. It is computed as one batched matrix product with mostly-zero matrices, which is ten times
-    faster with AVX2 than a convolution.
+    See `orient`. It has no bias. It is computed as one batched matrix product with mostly-zero matrices,
+    which is ten times faster with AVX2 than a convolution.
 
-    Takes float32 (N, 8 * features, size, size), returns float32 (N, 8 * features * outputs, 1, 1).
+    Takes float32 (N, 8 * in_filters, size, size), returns float32 (N, 8 * in_filters * outputs, 1, 1).
 
     Args:
-        features: number of input filters.
+        in_filters: number of input filters.
         outputs: outputs per channel.
-        size: of the image, in pixels.
+        size: image size in pixels.
     """
 
-    def __init__(self, features, outputs, size):
+    def __init__(self, in_filters, outputs, size):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs * features, 1, 1, 1, size, size))
+        self.weight = nn.Parameter(torch.empty(outputs * in_filters, 1, 1, 1, size, size))
         nn.init.normal_(self.weight, std=1 / size)
-        self.shape = features, 8 * outputs, size * size, 1
+        self.shape = in_filters, 8 * outputs, size * size, 1
         index = orient(torch.arange(self.weight.numel()).view_as(self.weight)).flatten(1)
         # The outputs of a channel are adjacent.
         index = index.unflatten(0, (outputs, -1)).transpose(0, 1).flatten()
@@ -138,5 +139,5 @@ class P4MReadout(nn.Module):
         kernels = self.weight.flatten().index_select(0, self.index).view(self.shape)
         matrices = (kernels * self.own_channel).flatten(2)
         images = images.permute(0, 2, 3, 1).unflatten(3, (-1, 8))  # so that the gradient is channels_last
-        images = images.permute(3, 0, 1, 2, 4).flatten(2)  # (features, N, size * size * 8)
+        images = images.permute(3, 0, 1, 2, 4).flatten(2)  # (in_filters, N, size * size * 8)
         return (images @ matrices.mT).transpose(0, 1).flatten(1)[:, :, None, None]
