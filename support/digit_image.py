@@ -13,6 +13,7 @@ from support.process import RunError
 
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # long comments are allowed
 MAX_AREA = 1024 * 1024  # pixels of an image in memory
+PEN = 0.04  # the width to which thinner strokes are widened, as a share of the digit's size
 SIDE = 128  # the background is subtracted in an image of about SIDE x SIDE pixels
 
 
@@ -71,24 +72,33 @@ def read_digit_and_remark(source):
 def remark_on(ink):
     """Returns a remark if ink, float32 (H, W), does not look like a single digit, else ""."""
     top, left, bottom, right = bounding_box(ink, margin=0)
-    height, width = bottom - top, right - left
     labels = label_components(ink > 0.3)
-    parts = [(labels == label).nonzero() for label in labels.unique()[1:]]
-    parts = [part for part in parts if part[:, 0].max() - part[:, 0].min() > 0.6 * height]
-    edges = sorted((int(part[:, 1].min()), int(part[:, 1].max())) for part in parts)
-    gaps = [start - end for (_, end), (start, _) in zip(edges, edges[1:])]
-    digits = 1 + sum(gap > 0.12 * height for gap in gaps)  # parts of one digit are closer
-    if digits > 1:
-        return f"this looks like {digits} digits: give each its own image"
-    filled = float((ink > 0.3).float().sum()) / (height * width)
-    is_spot = filled > 0.7 and width > 0.5 * height
-    return "this may not be a digit" if is_spot or width > 2.2 * height else ""
+    boxes = [bounding_box((labels == label).float(), margin=0) for label in labels.unique()[1:]]
+    height = max(bottom - top for top, _, bottom, _ in boxes)
+    boxes = [box for box in boxes if box[2] - box[0] > 0.6 * height]
+    gap = (0.12 if right - left < 1.4 * height else 0.02) * height  # parts of one digit are closer
+    digits = []  # groups of boxes
+    for box in boxes:
+        near = [group for group in digits if any(is_near(box, other, gap) for other in group)]
+        digits = [group for group in digits if group not in near] + [sum(near, [box])]
+    if len(digits) > 1:
+        return f"this looks like {len(digits)} digits, not one"
+    is_spot = pen_width(ink) > 0.33 * max(bottom - top, right - left)
+    return "this may not be a digit" if is_spot or right - left > 2.2 * (bottom - top) else ""
+
+
+def is_near(box, other, gap):
+    """Returns True if two boxes (top, left, bottom, right) are at most `gap` apart in both directions."""
+    return all(max(box[i], other[i]) - min(box[i + 2], other[i + 2]) <= gap for i in (0, 1))
 
 
 def center(ink):
     """Scales ink, float32 (H, W), to a box of 20 x 20 pixels around the center of a uint8 image (28, 28)."""
     top, left, bottom, right = bounding_box(ink, margin=0)
     ink = ink[top:bottom, left:right]
+    if (missing := PEN * max(ink.shape) - pen_width(ink)) > 0:  # thin strokes would become faint
+        size = 1 + 2 * math.ceil(missing / 2)
+        ink = max_pool2d(pad(ink[None, None], (size // 2,) * 4), size, 1)[0, 0]
     height, width = (max(1, round(20 * side / max(ink.shape))) for side in ink.shape)
     digit = interpolate(ink[None, None], (height, width), mode="bilinear", antialias=True)[0, 0]
     digit = (digit / digit.max()).clamp(0, 1)
@@ -149,10 +159,11 @@ def to_grayscale(image):
     """Returns the channel of an RGBA image with the highest contrast: a color or the luminance, mode "L"."""
     *channels, alpha = image.split()
     color = Image.merge("RGB", channels)
-    if alpha.getextrema()[0] < 255:
-        # Treat transparent pixels as background. If most of the image is opaque, they get its median color.
+    if alpha.getextrema()[0] < 255 and (box := alpha.getbbox()):
+        # Transparent pixels are background. So is the median color of an opaque part with a second color.
         opaque = ImageStat.Stat(color.convert("L"), mask=alpha)
-        if ImageStat.Stat(alpha).mean[0] > 127:
+        if ImageStat.Stat(alpha.crop(box)).mean[0] > 127 and opaque.stddev[0] > 20:
+            color, alpha = color.crop(box), alpha.crop(box)
             background = opaque.median[0]
         else:
             background = 255 if opaque.sum[0] < 128 * opaque.count[0] else 0
@@ -250,19 +261,33 @@ def has_dark_ink(gray):
 
 
 def find_lines(ink):
-    """Returns the pixels, bool (H, W), of ruled lines: thin, straight, from edge to edge.
+    """Returns the pixels, bool (H, W), of ruled lines, if there are any.
 
-    There are none if the rest of the ink touches an edge: a digit that fills the image may have such lines.
+    These are straight lines from edge to edge that are thinner than the pen. At least two are parallel: a
+    single one may be a stroke of a digit that fills the image.
     """
     lines = torch.zeros_like(ink, dtype=torch.bool)
-    for mask, found in (ink > 0.3, lines), ((ink > 0.3).T, lines.T):
-        filled = mask.float().mean(1)[None, None]
-        nearby = -max_pool2d(-filled, (1, 9), 1, (0, 4))
-        rows = (filled > 0.85) & (nearby < 0.5)
-        found |= max_pool2d(rows.float(), (1, 3), 1, (0, 1))[0, 0][:, None] > 0
+    thickness, parallel = 0, 0
+    for values, found in (ink, lines), (ink.T, lines.T):
+        mask = values > 0.3
+        filled = mask.float().mean(1)
+        nearby = -max_pool2d(-filled[None, None], (1, 9), 1, (0, 4))[0, 0]
+        rows = (filled > 0.85) & (nearby < 0.5) & mask[:, :4].any(1) & mask[:, -4:].any(1)
+        number = int((rows[1:] & ~rows[:-1]).sum() + rows[0])
+        parallel = max(parallel, number)
+        if number:
+            thickness = max(thickness, float(values[rows].mean(1).sum() / number))
+        found |= max_pool2d(rows.float()[None, None], (1, 3), 1, (0, 1))[0, 0, :, None] > 0
     rest = ink * ~lines
-    is_digit = (rest > 0.3).any() and not (border(rest) > 0.3).any()
-    return lines if is_digit else torch.zeros_like(lines)
+    is_ruled = parallel > 1 and (rest > 0.3).any() and thickness < pen_width(rest)
+    return lines if is_ruled else torch.zeros_like(lines)
+
+
+def pen_width(ink):
+    """Returns the width in pixels of the strokes of ink, float32 (H, W): twice its area over its outline."""
+    mask = (ink > 0.3).float()
+    inside = -max_pool2d(-mask[None, None], 3, 1, 1)
+    return float(2 * mask.sum() / (mask.sum() - inside.sum()).clamp(min=1))
 
 
 def otsu_threshold(values):

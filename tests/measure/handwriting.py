@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFilter
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import datafile  # noqa: E402
@@ -173,8 +174,165 @@ def thin_twos():
     yield draw((300, 300), [stroke, [(60, 228), (150, 221), (255, 222), (265, 226)]], 8), 2
 
 
+def moved(points, amount, generator):
+    return [
+        (x + generator.uniform(-amount, amount), y + generator.uniform(-amount, amount)) for x, y in points
+    ]
+
+
+def jittered(size, strokes, pen, amount, times=30, scale=1, paper=255, ink=0):
+    """Yields images of lines between points that are moved at random by up to `amount` pixels."""
+    generator = random.Random(0)
+    for _ in range(times):
+        image = Image.new("L", tuple(scale * side for side in size), paper)
+        for stroke in strokes:
+            points = [
+                tuple(scale * (value + generator.uniform(-amount, amount)) for value in point)
+                for point in stroke
+            ]
+            ImageDraw.Draw(image).line(points, fill=ink, width=scale * pen, joint="curve")
+        yield image
+
+
+def curve(points, steps=8):
+    """Returns the points of a smooth curve through these points (Catmull-Rom)."""
+    points = [points[0], *points, points[-1]]
+    result = []
+    for before, start, end, after in zip(points, points[1:], points[2:], points[3:]):
+        for i in range(steps):
+            u = i / steps
+            result.append(
+                tuple(
+                    0.5
+                    * (
+                        2 * q
+                        + (r - p) * u
+                        + (2 * p - 5 * q + 4 * r - s) * u**2
+                        + (3 * q - p - 3 * r + s) * u**3
+                    )
+                    for p, q, r, s in zip(before, start, end, after)
+                )
+            )
+    return [*result, points[-1]]
+
+
+NINE_BOWL = [
+    (18, 4),
+    (16, 2),
+    (13, 1),
+    (10, 2),
+    (7, 4),
+    (6, 8),
+    (7, 11),
+    (10, 14),
+    (14, 14),
+    (17, 12),
+    (18, 10),
+]
+
+
+def straight_stems():
+    """Strokes that fill a row or a column of a small image."""
+    for strokes, digit in (
+        ([NINE_BOWL, [(18, 3), (18, 26)]], 9),
+        ([NINE_BOWL, [(18, 1), (18, 27)]], 9),
+        ([curve([(6, 9), (10, 3), (17, 5), (17, 12), (8, 23)]), [(1, 24), (27, 24)]], 2),
+        ([[(7, 1), (18, 1), (18, 27)]], 7),
+        ([[(8, 9), (14, 1), (14, 27)]], 1),
+    ):
+        for scale in 1, 10:
+            yield from ((image, digit) for image in jittered((28, 28), strokes, 1, 0.5, 12, scale))
+
+
+def hairlines():
+    """Pens of a hundredth of the digit's height."""
+    points = [(96, 60), (110, 38), (140, 24), (172, 34), (186, 70), (170, 120), (130, 180), (86, 226)]
+    generator = random.Random(0)
+    for pen, _ in itertools.product((1, 2, 3, 4), range(30)):
+        image = Image.new("L", (300, 260), 255)
+        ImageDraw.Draw(image).line(
+            [*curve(moved(points, 8, generator)), (200, 220)], fill=0, width=pen, joint="curve"
+        )
+        yield image, 2
+
+
+def cluttered_photos():
+    """Patterned cloth above the paper, a soft shadow below."""
+    for seed in range(5):
+        generator = random.Random(seed)
+        image = Image.new("L", (720, 1600), 198)
+        page = ImageDraw.Draw(image)
+        for x, y in itertools.product(range(0, 720, 24), range(0, 225, 24)):
+            page.rectangle((x, y, x + 23, min(y + 23, 224)), fill=generator.randint(60, 175))
+        shade = torch.arange(1600.0)[:, None].sub(1000).div(450).clamp(0, 1)
+        shade = 150 * shade * (1 - torch.arange(720.0) / 900).clamp(min=0)
+        image = to_pil_image((pil_to_tensor(image)[0] - shade).clamp(min=0).round().byte())
+        image = image.filter(ImageFilter.GaussianBlur(4))
+        page = ImageDraw.Draw(image)
+        for stroke in [(320, 850), (480, 830), (380, 1020)], [(330, 930), (450, 920)]:
+            page.line(moved(stroke, 8, generator), fill=130, width=8, joint="curve")
+        yield image, 7
+
+
+def opaque_patches():
+    """An opaque patch with a digit in a transparent picture."""
+    for paper, ink in (
+        ((255, 127, 39), (160, 25, 25)),
+        ((255, 255, 255), (0, 0, 0)),
+        ((0, 0, 120), (250, 250, 250)),
+    ):
+        for left, top in (380, 450), (0, 0), (200, 300):
+            image = Image.new("RGBA", (864, 885), (0, 0, 0, 0))
+            page = ImageDraw.Draw(image)
+            page.rectangle((left, top, left + 484, top + 435), fill=(*paper, 255))
+            page.ellipse((left + 145, top + 70, left + 355, top + 380), outline=(*ink, 255), width=24)
+            yield image, 0
+
+
+def fainter_strokes():
+    """An 8 whose second stroke is fainter than its first."""
+    for seed, ink in itertools.product(range(6), (170, 185, 200)):
+        generator = random.Random(seed)
+        image = Image.new("L", (50, 52), 250)
+        page = ImageDraw.Draw(image)
+        page.line(
+            curve(moved([(32, 12), (25, 8), (18, 13), (20, 20), (30, 29), (32, 38), (25, 44)], 1, generator)),
+            30,
+            3,
+        )
+        page.line(
+            curve(moved([(25, 44), (17, 40), (18, 32), (27, 24), (33, 17), (32, 12)], 1, generator)), ink, 3
+        )
+        yield image, 8
+
+
+def angular_sixes():
+    six = [
+        (18, 2),
+        (13, 3),
+        (9, 6),
+        (6, 9),
+        (5, 13),
+        (5, 16),
+        (8, 20),
+        (15, 20),
+        (18, 17),
+        (18, 14),
+        (15, 10),
+        (6, 10),
+    ]
+    yield from ((image, 6) for image in jittered((28, 28), [six], 3, 0.5))
+
+
+def ones_with_a_base():
+    one = [[(10, 9), (14, 6), (15, 17)], [(8, 20), (22, 15)]]
+    yield from ((image, 1) for image in jittered((28, 28), one, 3, 0.5))
+
+
 KINDS = [thick_rings, thick_tight_crops, strips, soft_pens, faint_pens, hard_shadows, frames, ruled_paper]
-KINDS += [dotted_paper, wide_strips, closed_fours, thin_twos]
+KINDS += [dotted_paper, wide_strips, closed_fours, thin_twos, straight_stems, hairlines]
+KINDS += [opaque_patches]
+KINDS += [cluttered_photos, fainter_strokes, angular_sixes, ones_with_a_base]  # these are often misread
 
 
 @torch.no_grad()
