@@ -264,6 +264,15 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, 
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("best.pth", content)]
 
 
+@pytest.mark.parametrize(
+    "accuracies, best",
+    [([0.99, 0.995, 0.9941], 3), ([0.99, 0.995, 0.9939], 2), ([0.995, 0.9945, 0.9958], 3), ([0.9, 0.9], 2)],
+)
+def test_the_latest_epoch_within_a_tenth_of_a_point_of_the_highest_is_kept(accuracies, best):
+    history = [{"validation_accuracy": accuracy} for accuracy in accuracies]
+    assert checkpoint.best_epoch(history) == best
+
+
 def test_old_files_are_kept_under_the_first_free_number(tmp_path, capsys):
     path = tmp_path / "best.pth"
     for content in b"0", b"1":
