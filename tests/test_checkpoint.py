@@ -1,5 +1,6 @@
 """Weights and training states: intact files are restored bit for bit, all others are rejected."""
 
+import contextlib
 import copy
 import errno
 import os
@@ -97,6 +98,27 @@ def test_a_flipped_bit_is_rejected_or_changes_nothing(state_file, state, tmp_pat
     content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     (tmp_path / "flipped.pth").write_bytes(content)
     refusal(tmp_path / "flipped.pth", state)
+
+
+@many
+@given(data=st.data())
+def test_a_flipped_bit_in_a_file_of_weights_is_rejected_or_changes_nothing(tmp_path, data):
+    content = bytearray((ROOT / "models" / "weights" / "Model_3.pth").read_bytes())
+    expected = checkpoint.load(ROOT / "models" / "weights" / "Model_3.pth").state_dict()
+    content[data.draw(st.integers(0, len(content) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    (tmp_path / "flipped.pth").write_bytes(content)
+    with contextlib.suppress(CheckpointError):
+        assert same(checkpoint.load(tmp_path / "flipped.pth").state_dict(), expected)
+
+
+def test_a_model_is_loaded_for_evaluation_and_a_file_on_the_cpu(state_file, monkeypatch):
+    assert not checkpoint.load(ROOT / "models" / "weights" / "Model_3.pth").training
+    given, load = [], torch.load
+    monkeypatch.setattr(
+        torch, "load", lambda *paths, **options: given.append(options) or load(*paths, **options)
+    )
+    checkpoint.read(state_file)
+    assert given == [{"map_location": "cpu", "weights_only": True}]
 
 
 @many

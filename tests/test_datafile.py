@@ -391,6 +391,39 @@ def test_augmented_images_keep_their_shape_their_background_and_their_seed(mnist
     assert len({fingerprint.item() for fingerprint in fingerprints(same)}) == 8
 
 
+@pytest.mark.parametrize("part", range(8))
+def test_each_part_of_the_deformation_is_drawn_for_each_image(mnist, monkeypatch, part):
+    """Six numbers of the affine part and the elastic displacements in x and in y, one of them at a time."""
+    uniform, normal = torch.full((6, 2), 0.5), torch.zeros(2, 2, 25)
+    if part < 6:
+        uniform[part] = torch.tensor([0.0, 1.0])
+    else:
+        normal[part - 6] = torch.randn(2, 25, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(torch, "rand", lambda *size, device: uniform)
+    monkeypatch.setattr(torch, "randn", lambda *size, device: normal)
+    image = mnist.test.dataset.tensors[0][:1]
+    first, second = augment(image.expand(2, -1, -1, -1))
+    assert all((one - other).abs().mean() > 0.02 for one, other in [(first, image[0]), (second, image[0])])
+    assert (first - second).abs().mean() > 0.02
+    if part >= 6:  # stripes along the direction of the displacements stay as they are
+        stripes = (torch.arange(28) % 4 - 1.5).expand(1, 1, 28, 28)
+        stripes = stripes.mT if part == 6 else stripes
+        moved = augment(stripes.expand(2, -1, -1, -1))[..., 4:-4, 4:-4]
+        torch.testing.assert_close(moved, stripes[..., 4:-4, 4:-4].expand_as(moved), rtol=0, atol=1e-4)
+
+
+def test_slant_and_width_are_applied_in_their_order(mnist, monkeypatch):
+    images = mnist.test.dataset.tensors[0][:20]
+    drawn = torch.full((6, 20), 0.5)
+    drawn[1], drawn[3] = 1, 1
+    monkeypatch.setattr(torch, "rand", lambda *size, device: drawn)
+    monkeypatch.setattr(torch, "randn", lambda *size, device: torch.zeros(size))
+    theta = torch.tensor([[1.12, 1.12 * 0.15, 0.0], [0.0, 1.0, 0.0]]).expand(20, 2, 3)
+    grid = affine_grid(theta, list(images.shape), align_corners=False)
+    expected = grid_sample(images - datafile.BACKGROUND, grid, align_corners=False) + datafile.BACKGROUND
+    torch.testing.assert_close(augment(images), expected, rtol=0, atol=1e-3)
+
+
 @pytest.mark.parametrize("axis", range(6))
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_each_deformation_is_torchvisions_affine_at_its_limit(mnist, monkeypatch, axis, sign):

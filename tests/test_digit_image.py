@@ -9,7 +9,7 @@ import fonts
 import handwriting
 import pytest
 import torch
-from PIL import Image, ImageDraw, PngImagePlugin
+from PIL import Image, ImageChops, ImageDraw, ImageOps, PngImagePlugin
 from PIL.TiffImagePlugin import IFDRational
 
 import datafile
@@ -202,6 +202,62 @@ def test_at_most_one_in_500_digits_of_mnist_gets_a_remark(mnist):
     images = datafile.read_split(RAW_DIR, "train")[0][:1_000, None].float() / 255
     large = torch.nn.functional.interpolate(images, scale_factor=4, mode="bilinear")
     assert sum(bool(digit_image.remark_on(image[0])) for image in large) <= 2
+
+
+def difference(one, other):
+    """The mean difference of two images of digits, as a fraction of the ink of the first."""
+    one, other = digit_image.read_digit(one).float(), digit_image.read_digit(other).float()
+    return float((one - other).abs().sum() / one.sum())
+
+
+def seven_on_a_page(paper=255, ink=0):
+    page = Image.new("L", (400, 400), paper)
+    page.paste(seven(200, ink, paper), (100, 90))
+    return page
+
+
+def test_lines_and_frames_leave_nothing_behind():
+    """Neither at a first look at the page nor at the closer look at the digit."""
+    ruled, framed = seven_on_a_page(), seven_on_a_page()
+    for y in range(15, 400, 30):
+        ImageDraw.Draw(ruled).line([(0, y), (400, y)], fill=90, width=2)
+    ImageDraw.Draw(framed).rectangle((0, 0, 399, 399), outline=0, width=12)
+    assert difference(seven_on_a_page(), ruled) < 0.9
+    assert difference(seven_on_a_page(), framed) < 0.1
+
+
+def test_color_alone_separates_ink_from_paper():
+    """Red on green of the same lightness."""
+    page = Image.composite(
+        Image.new("RGB", (200, 200), (0, 130, 0)), Image.new("RGB", (200, 200), (255, 0, 0)), seven()
+    )
+    assert page.convert("L").getextrema()[1] - page.convert("L").getextrema()[0] < 4
+    assert difference(seven(), page) < 0.1
+
+
+def test_light_that_falls_off_changes_little():
+    light = Image.linear_gradient("L").resize((200, 200)).point(lambda value: 60 + 0.7 * value)
+    assert difference(seven(), ImageChops.multiply(seven(paper=230, ink=60), light)) < 0.5
+
+
+def test_light_digits_that_fill_the_image_are_read():
+    model = checkpoint.load(WEIGHTS / "Model_3.pth")
+    inverted = [(ImageOps.invert(image), digit) for image, digit in list(handwriting.thick_rings())[::3]]
+    assert handwriting.count(model, inverted) == [len(inverted), 0, 0]
+
+
+def test_a_detached_bar_of_a_quarter_of_the_ink_is_kept():
+    body, bar = [(60, 80), (60, 110), (100, 110), (120, 140), (100, 170), (60, 170)], [(60, 56), (118, 56)]
+    image = digit_image.read_digit(handwriting.draw((200, 200), [body, bar], 8)).float() / 255
+    top = int(image.sum(1).nonzero()[0])
+    assert image[top : top + 2].sum() > 6
+
+
+def test_two_digits_that_stand_close_get_the_remark():
+    page = Image.new("L", (240, 200), 255)
+    for left in 20, 120:
+        page.paste(seven().crop((45, 40, 155, 165)), (left, 40))
+    assert digit_image.read_digit_and_remark(page)[1] == "this looks like 2 digits, not one"
 
 
 def test_a_stroke_that_runs_off_the_image_is_kept():

@@ -1,11 +1,16 @@
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
+import datafile
 import models
 from conftest import WEIGHTS, seven
+from support import checkpoint, plots
+from support.digit_image import read_digit
 
 
 def test_scores_equal_those_of_plain_pytorch(call, mnist):
@@ -108,3 +113,45 @@ def test_a_file_of_several_pages_gets_a_remark(call, tmp_path, suffix):
     assert output.startswith(f"pages.{suffix}: 7 (") and output.endswith(
         "; only the first of 3 pages was read\n"
     )
+
+
+def test_an_ensemble_prints_the_mean_of_its_softmax_outputs_and_the_remark(call, tmp_path):
+    page = Image.new("L", (420, 200), 255)
+    page.paste(seven(), (0, 0))
+    page.paste(seven().rotate(180), (210, 0))
+    page.save(tmp_path / "two.png")
+    paths = [WEIGHTS / "Model_1.pth", WEIGHTS / "Model_3.pth"]
+    output = call("evaluate.py", *paths, "--device", "cpu", "--images", "*.png").stdout  # a pattern
+    images = datafile.normalize(read_digit(tmp_path / "two.png")[None])
+    each = [checkpoint.load(path)(images).softmax(1)[0].detach() for path in paths]
+    assert (each[0] - each[1]).abs().max() > 0.01
+    first, best = (sum(each) / 2).max(0)
+    assert output.startswith(f"two.png: {best} ({first:.1%}), then ")
+    assert output.endswith("; this looks like 2 digits, not one\n")
+
+
+def test_the_model_flag_chooses_the_class_and_patterns_name_checkpoints(call, tmp_path):
+    shutil.copy(WEIGHTS / "Model_1.pth", tmp_path / "best_a.pth")
+    options = "--device", "cpu"
+    process = call("evaluate.py", "best_?.pth", "--model", "Model_2", *options, check=False)
+    assert process.stderr == "evaluate.py: error: best_a.pth does not contain the weights of Model_2\n"
+    seven().save(tmp_path / "seven.png")
+    assert (
+        "7"
+        in call("evaluate.py", "best_?.pth", "--model", "Model_1", *options, "--images", "seven.png").stdout
+    )
+
+
+def test_the_plot_shows_each_image_as_the_model_saw_it(call, tmp_path, monkeypatch):
+    grids = []
+    monkeypatch.setattr(plots, "grid", lambda images, path, titles: grids.append((images, titles)) or path)
+    for index, angle in enumerate([0, 90, 180]):
+        seven().rotate(angle, fillcolor=255).save(tmp_path / f"{index}.png")
+    names = [f"{index}.png" for index in range(3)]
+    output = call("evaluate.py", "--device", "cpu", "--images", *names, "--plot", "plots").stdout
+    ((images, titles),) = grids
+    assert all(
+        torch.equal(image, read_digit(tmp_path / name)) for image, name in zip(images, names, strict=True)
+    )
+    answers = re.findall(r"png: (\d) \(", output)
+    assert [title[0] for title in titles] == answers and len(answers) == 3

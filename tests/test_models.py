@@ -115,12 +115,17 @@ def test_model_3_is_as_described():
     assert dropouts and all(m.p > 0 for m in dropouts)
 
 
-def test_p4m_convolutions_are_equivariant_to_rotation_and_reflection():
+def test_filters_start_at_the_size_that_keeps_the_variance():
     torch.manual_seed(0)
-    layers = nn.Sequential(
-        P4MConv2d(1, 2, 6, stride=2, padding=2, orientations=1), P4MConv2d(2, 3, 3, padding=1)
-    )
-    images = torch.randn(4, 1, 28, 28)
+    for layer in P4MConv2d(4, 40, 3), P4MConv2d(1, 200, 5, orientations=1), P4MReadout(4, 50, 7):
+        numbers = layer.weight[0].numel()
+        assert float(layer.weight.detach().std() * numbers**0.5) == pytest.approx(1, abs=0.05)
+
+
+def test_p4m_convolutions_with_stride_1_are_equivariant_to_rotation_and_reflection():
+    torch.manual_seed(0)
+    layers = nn.Sequential(P4MConv2d(1, 2, 5, padding=2, orientations=1), P4MConv2d(2, 3, 3, padding=1))
+    images = torch.randn(4, 1, 14, 14)
     output = layers(images).view(4, 3, 2, 4, 14, 14)
     turned = layers(images.rot90(1, (-2, -1))).view_as(output)
     mirrored = layers(images.flip(-1)).view_as(output)

@@ -10,6 +10,7 @@ import struct
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from urllib.request import urlopen
 
 import pytest
 from PIL import Image
@@ -17,6 +18,7 @@ from PIL import Image
 import evaluate
 from conftest import WEIGHTS, seven
 from support import checkpoint, page
+from support.digit_image import ImageError
 
 
 @pytest.fixture
@@ -38,6 +40,7 @@ def port(monkeypatch):
     while len(made) < 2:
         time.sleep(0.01)
     server, address = made
+    assert server.server_address[0] == "127.0.0.1"
     assert address == f"http://127.0.0.1:{server.server_port}/"
     yield server.server_port
     server.shutdown()
@@ -49,6 +52,9 @@ def ask(port, body=None, method="POST", path="/", **headers):
     headers = {name.replace("_", "-"): value for name, value in headers.items()}
     connection.request(method, path, body, headers)
     answer = connection.getresponse()
+    kind = {"G": "text/html", "H": "text/html", "P": "application/json"}[method[0]]
+    kind = kind if answer.status == 200 else "text/plain"
+    assert answer.getheader("Content-Type").split(";")[0] == kind
     return answer.status, answer.read().decode()
 
 
@@ -113,6 +119,20 @@ def test_a_client_that_sends_too_much_still_gets_the_answer(port):
         assert ask(port, large) == (413, "Content-Length must be given and at most 1,000,000 bytes")
         assert ask(port, large, Origin="https://evil.example")[0] == 403
         assert ask(port, large, path="/other")[0] == 404
+
+
+def test_a_browser_in_the_terminal_does_not_block_the_server(monkeypatch):
+    """It runs in the foreground, and the page is served to it."""
+    pages, servers, make_server = [], [], page.make_server
+    monkeypatch.setattr(page, "make_server", lambda read: servers.append(make_server(read)) or servers[0])
+    monkeypatch.setattr(page.webbrowser, "open", lambda url: pages.append(urlopen(url, timeout=20).read()))
+    serving = threading.Thread(target=page.serve, args=(None,))
+    serving.start()
+    while not pages:
+        time.sleep(0.01)
+    servers[0].shutdown()
+    serving.join()
+    assert pages == [page.PAGE.read_bytes()]
 
 
 def test_a_silent_client_is_disconnected_after_a_while():
@@ -384,6 +404,29 @@ def test_an_answer_to_a_drawing_that_was_cleared_is_dropped(browser):
     while browser.execute_script("return busy"):
         time.sleep(0.01)
     assert drawer.answer() is None and browser.find_element("id", "digit").text == ""
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_reason_why_a_drawing_cannot_be_read_replaces_the_answer(browser):
+    answers = [{"probabilities": [1.0] + [0.0] * 9, "image": [255] * 784, "remark": ""}]
+
+    def read(content):
+        if not answers:
+            raise ImageError("the drawing is too faint")
+        return answers.pop()
+
+    server = page.make_server(read)
+    threading.Thread(target=server.serve_forever).start()
+    drawer = Drawer(browser, server.server_port)
+    for expected, message in (0, "100.0%"), (None, "the drawing is too faint"):
+        events(
+            browser,
+            ("pointerdown", 50, 50, {"pointerId": 1, "buttons": 1}),
+            ("pointerup", 50, 50, {"pointerId": 1}),
+        )
+        assert drawer.answer() == expected and browser.find_element("id", "message").text == message
+    assert browser.find_element("id", "digit").text == ""
     server.shutdown()
     server.server_close()
 

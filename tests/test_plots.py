@@ -72,6 +72,9 @@ def test_mistakes_are_titled_label_as_prediction_the_most_confident_first(drawn)
     shown = [ax for ax in drawn["mistakes.png"].flat if ax.get_images()]
     assert [ax.get_title() for ax in shown] == ["8 as 0, 80%", "3 as 2, 70%", "1 as 7, 60%"]
     assert [float(ax.get_images()[0].get_array()[0, 0]) for ax in shown] == [2, 0, 3]
+    for ax in drawn["filters.png"].flat:  # zero is the middle of the colors
+        low, high = ax.get_images()[0].get_clim()
+        assert low == -high and high > 0
 
 
 def test_the_users_own_matplotlib_settings_are_ignored(tmp_path, monkeypatch):
