@@ -93,7 +93,7 @@ def is_near(box, other, gap):
 
 
 def center(ink):
-    """Scales ink, float32 (H, W), to a box of 20 x 20 pixels around the center of a uint8 image (28, 28)."""
+    """Scales ink, float32 (H, W), to fit a box of 20 x 20 pixels and centers its centroid; uint8 (28, 28)."""
     top, left, bottom, right = bounding_box(ink, margin=0)
     ink = ink[top:bottom, left:right]
     if (missing := PEN * max(ink.shape) - pen_width(ink)) > 0:  # thin strokes would become faint
@@ -178,11 +178,12 @@ def find_ink(picture, subtract, sign=None):
         picture: a grayscale `PIL.Image`.
         subtract: `subtract_surface` or `subtract_closing`.
         sign: 1 if the ink is darker than the background, -1 if it is lighter; by default, and always with
-            `subtract_surface`, it is found out.
+            `subtract_surface`, it is determined from the image.
 
     Returns:
-        The ink, float32 (H, W), from 0 for background to 1 for ink, without frames, shadows and spots much
-        smaller than the digit, or None if there is none; and its sign.
+        The ink, float32 (H, W), from 0 for background to 1 for ink, or None if there is none. Frames, shadows
+            and spots much smaller than the digit are left out.
+        The sign of the ink.
     """
     scale = SIDE / math.sqrt(math.prod(picture.size))
     size = [max(1, round(scale * length)) for length in picture.size]
@@ -198,11 +199,12 @@ def find_ink(picture, subtract, sign=None):
 
 
 def subtract_surface(gray, _):
-    """Subtracts a quadratic surface, fitted robustly, from an image (H, W): for strokes on any paper.
+    """Subtracts a robustly fitted quadratic surface, the background, from an image (H, W).
 
     Returns:
-        The absolute difference of ink, 0 where the difference has the other sign; the scale of the noise, at
-        least 2 gray levels; and the sign of the ink, that of the larger differences.
+        The absolute difference, 0 for pixels whose difference has the other sign than the ink.
+        The scale of the noise, at least 2 gray levels.
+        The sign of the ink, which is the sign of the larger differences.
     """
     height, width = gray.shape
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
@@ -224,14 +226,15 @@ def subtract_surface(gray, _):
 
 
 def subtract_closing(gray, sign):
-    """Subtracts an image (H, W) from its morphological closing: for digits that fill it, shadows, faint ink.
+    """Subtracts an image (H, W) from its morphological closing.
 
-    Closing fills dark parts that are narrower than a square of 55 pixels. Returns the same as
-    `subtract_surface`, with a noise of at least 0.6 gray levels.
+    This is the fallback for digits that fill the image, for shadows and for faint ink. Closing fills dark
+    parts that are narrower than a square of 55 pixels. Returns the same as `subtract_surface`, with a noise of
+    at least 0.6 gray levels.
     """
     sign = sign or (1 if has_dark_ink(gray) else -1)
     gray = sign * gray
-    for image in gray, gray.T:  # light from one side
+    for image in gray, gray.T:  # remove a linear gradient (light from one side)
         step = max(1, len(image) // 8)
         if len(image) > step:
             image -= (image[step:] - image[:-step]).median() / step * torch.arange(len(image))[:, None]
@@ -300,23 +303,23 @@ def otsu_threshold(values):
 
 
 def large_components(ink):
-    """Returns the pixels, bool (H, W), of the connected components with a tenth of the largest one's ink.
+    """Returns the pixels, bool (H, W), of the components with at least a tenth of the largest one's ink.
 
-    Components that touch the edge of the image for more than a side, such as frames and shadows, do not
-    count if another one has 0.3 of the largest one's ink.
+    Components along more than `SIDE` pixels of the image's edge, such as frames and shadows, do not count if
+    another one has a tenth of the largest one's ink.
     """
     labels = label_components(ink > 0.3)
     sums = torch.zeros(ink.numel() + 1).index_add_(0, labels.flatten(), ink.flatten())
     sums[0] = 0  # the background
     inside = sums.clone()
     inside[border(labels).bincount(minlength=len(sums)) > SIDE] = 0
-    if inside.max() > 0.3 * sums.max():
+    if inside.max() > 0.1 * sums.max():
         sums = inside
     return (sums >= sums.max() / 10)[labels] & (labels > 0)
 
 
 def label_components(mask):
-    """Returns a label for each pixel of a bool mask (H, W), int64: equal in a connected component, else 0.
+    """Returns a label for each pixel of a bool mask (H, W), int64: one for each component, 0 outside them.
 
     Components less than two pixels apart may be joined: the labels are found at half the resolution.
     """
