@@ -229,8 +229,8 @@ def subtract_closing(gray, sign):
     """Subtracts an image (H, W) from its morphological closing.
 
     This is the fallback for digits that fill the image, for shadows and for faint ink. Closing fills dark
-    parts that are narrower than a square of 55 pixels. Returns the same as `subtract_surface`, with a noise of
-    at least 0.6 gray levels.
+    parts that are narrower than a square of 55 pixels. Returns the same as `subtract_surface`, but a noise
+    of at least 0.6 gray levels.
     """
     sign = sign or (1 if has_dark_ink(gray) else -1)
     gray = sign * gray
