@@ -119,10 +119,7 @@ def notebook(*cells, cwd):
 def test_both_scripts_run_in_a_notebook_and_leave_it_as_it_was(tmp_path, small_data):
     state = "[(signal.getsignal(n), sys.stdout) for n in (signal.SIGINT, signal.SIGTERM)]"
     options = f"--model Model_1 --epochs 1 --device cpu --data-dir {small_data}"
-    interrupt = (
-        "import threading; threading.Timer(1, lambda: os.kill(os.getpid(), signal.SIGINT)).start(); "
-        "import time; time.sleep(30)"
-    )
+    interrupt = "signal.raise_signal(signal.SIGINT)"
     outputs = notebook(
         f"import os, signal, sys; before = {state}",
         f"%run {ROOT}/train.py {options}",
@@ -347,6 +344,7 @@ def test_workers_wait_for_each_other_for_days(monkeypatch):
 
 def test_paths_are_expanded_as_a_shell_does(tmp_path, monkeypatch, call):
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))  # on Windows
     monkeypatch.chdir(tmp_path)
     for name in "b.pth", "a.pth", "[1].pth":
         (tmp_path / name).touch()
@@ -370,13 +368,17 @@ def test_a_missing_module_is_a_one_line_error_with_the_command(module, script):
     assert f"{sys.executable} -m pip install -r requirements.txt" in ended.stderr
 
 
+# PyTorch for Windows is built without libuv, which torchrun asks for.
+TORCHRUN = ONE_THREAD | ({"USE_LIBUV": "0"} if os.name == "nt" else {})
+
+
 def workers(number, folder, small_data, *arguments):
     """Starts a number of torchrun's workers on the small data."""
     command = sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"
     options = "--model", "Model_1", "--data-dir", small_data, "--device", "cpu", *arguments
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = [*command, ROOT / "train.py", *map(str, options)]
-    return subprocess.Popen(command, cwd=folder, env=ONE_THREAD, **pipes)
+    return subprocess.Popen(command, cwd=folder, env=TORCHRUN, **pipes)
 
 
 def weights(folder):
@@ -420,7 +422,7 @@ def test_one_of_the_workers_checks_the_data_before_the_others_read_it(small_data
     (tmp_path / "data").mkdir()
     offline = "import torchvision.datasets as d; d.MNIST.mirrors = ['http://127.0.0.1:9/']"
     (tmp_path / "sitecustomize.py").write_text(offline)
-    environment = ONE_THREAD | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    environment = TORCHRUN | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     command = (
         sys.executable,
         "-m",
