@@ -3,6 +3,7 @@
 import contextlib
 import glob
 import os
+import time
 from pathlib import Path
 
 from support.process import RunError, warn
@@ -12,6 +13,8 @@ try:
 except ImportError:  # Windows, where two runs in one directory are not detected
     fcntl = None
 
+# On Windows, a file that a virus scanner, a cloud drive or an editor has open cannot be replaced.
+ATTEMPTS = 20 if os.name == "nt" else 1  # 0.1 s apart
 SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
@@ -61,7 +64,14 @@ def write(content, path):
             file.flush()
             with contextlib.suppress(OSError):  # not supported by some network file systems
                 os.fsync(file.fileno())
-        temporary.replace(path)
+        for remaining in reversed(range(ATTEMPTS)):
+            try:
+                temporary.replace(path)
+                break
+            except PermissionError:
+                if not remaining:
+                    raise
+                time.sleep(0.1)
     except OSError as error:
         raise RunError(f"{path} could not be written ({error.strerror})") from error
     finally:

@@ -286,6 +286,32 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, 
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("best.pth", content)]
 
 
+@pytest.mark.parametrize("denials, succeeds", [(3, True), (5, False)])
+def test_on_windows_a_file_that_another_process_has_open_is_replaced_when_it_is_free(
+    tmp_path, monkeypatch, denials, succeeds
+):
+    """Simulated: five attempts, of which these are denied."""
+    attempts, replace, slept = [], Path.replace, []
+
+    def deny(source, target):
+        attempts.append(target)
+        if len(attempts) <= denials:
+            raise PermissionError(errno.EACCES, "Access is denied")
+        return replace(source, target)
+
+    files.write(b"old", tmp_path / "last.pth")
+    monkeypatch.setattr(files, "ATTEMPTS", 5)
+    monkeypatch.setattr(Path, "replace", deny)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    if succeeds:
+        files.write(b"new", tmp_path / "last.pth")
+    else:
+        with pytest.raises(RunError, match=r"last\.pth could not be written \(Access is denied\)"):
+            files.write(b"new", tmp_path / "last.pth")
+    assert len(slept) == min(denials, 4)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"new" if succeeds else b"old"]
+
+
 @pytest.mark.parametrize(
     "accuracies, best",
     [([0.99, 0.995, 0.9941], 3), ([0.99, 0.995, 0.9939], 2), ([0.995, 0.9945, 0.9958], 3), ([0.9, 0.9], 2)],

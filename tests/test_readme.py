@@ -33,6 +33,17 @@ def test_each_flag_of_evaluate_is_in_readme(capsys):
     assert all(flag in SECTIONS["Use"] for flag in flags_of(evaluate, capsys))
 
 
+def test_the_defaults_in_the_table_and_in_the_help_are_those_of_the_recipes(capsys):
+    recipes = train.RECIPES.values()
+    epochs, rates = (", ".join(map(str, values)) for values in zip(*recipes))
+    assert f"| `--epochs N` | {epochs} |" in README and f"| `--lr LR` | {rates} |" in README
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"(default: {epochs}, by model)" in text
+    assert f"(default: {rates}, by model; times 5 for sgd)" in text and "(default: --augment)" in text
+
+
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_the_results_table_has_the_models_parameters_and_epochs(name):
     assert f"| `{name}` | {PARAMETERS[name]:,} | {train.RECIPES[name].epochs} |" in README
