@@ -254,10 +254,12 @@ def test_a_detached_bar_of_a_quarter_of_the_ink_is_kept():
 
 
 def test_two_digits_that_stand_close_get_the_remark():
-    page = Image.new("L", (240, 200), 255)
+    wide = Image.new("L", (240, 200), 255)
     for left in 20, 120:
-        page.paste(seven().crop((45, 40, 155, 165)), (left, 40))
-    assert digit_image.read_digit_and_remark(page)[1] == "this looks like 2 digits, not one"
+        wide.paste(seven().crop((45, 40, 155, 165)), (left, 40))
+    narrow = handwriting.draw((200, 200), [[(80, 40), (80, 160)], [(115, 40), (115, 160)]], 8)
+    for page in wide, narrow:
+        assert digit_image.read_digit_and_remark(page)[1] == "this looks like 2 digits, not one"
 
 
 def test_a_stroke_that_runs_off_the_image_is_kept():
