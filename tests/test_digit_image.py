@@ -9,7 +9,7 @@ import fonts
 import handwriting
 import pytest
 import torch
-from PIL import Image, ImageChops, ImageDraw, ImageOps, PngImagePlugin
+from PIL import Image, ImageChops, ImageDraw, PngImagePlugin
 from PIL.TiffImagePlugin import IFDRational
 
 import datafile
@@ -170,7 +170,9 @@ def test_a_path_a_file_and_an_image_give_the_same(tmp_path):
 def test_digits_that_are_hard_to_separate_from_their_background_are_read(kind):
     model = checkpoint.load(ROOT / "models" / "weights" / "Model_3.pth")
     read, other, empty = handwriting.count(model, list(kind())[::3])
-    known = {"closed_fours": 1}.get(kind.__name__, 0)  # an error that is named in README
+    known = {"soft_pens": 3, "hard_shadows": 1, "hairlines": 1}.get(
+        kind.__name__, 0
+    )  # in tests/measure/README.md
     assert empty == 0 and other <= known and read > 0
 
 
@@ -221,7 +223,7 @@ def test_lines_and_frames_leave_nothing_behind():
     ruled, framed = seven_on_a_page(), seven_on_a_page()
     for y in range(15, 400, 30):
         ImageDraw.Draw(ruled).line([(0, y), (400, y)], fill=90, width=2)
-    ImageDraw.Draw(framed).rectangle((0, 0, 399, 399), outline=0, width=6)
+    ImageDraw.Draw(framed).rectangle((0, 0, 399, 399), outline=0, width=12)
     assert difference(seven_on_a_page(), ruled) < 0.9
     assert difference(seven_on_a_page(), framed) < 0.1
 
@@ -240,10 +242,28 @@ def test_light_that_falls_off_changes_little():
     assert difference(seven(), ImageChops.multiply(seven(paper=230, ink=60), light)) < 0.5
 
 
-def test_light_digits_that_fill_the_image_are_read():
-    model = checkpoint.load(WEIGHTS / "Model_3.pth")
-    inverted = [(ImageOps.invert(image), digit) for image, digit in list(handwriting.thick_rings())[::3]]
-    assert handwriting.count(model, inverted) == [len(inverted), 0, 0]
+def test_the_fallback_finds_dark_and_light_ink_and_ink_in_a_shadow_counts_as_much():
+    page = torch.full((100, 100), 200.0)
+    page[:, 50:] = 120  # a shadow
+    page[20:80, [20, 21, 22, 75, 76, 77]] *= 0.5
+    difference, _, _ = digit_image.subtract_closing(page.clone(), 1)
+    assert float(difference[30:70, 76].mean() / difference[30:70, 21].mean()) > 0.85
+    page[:] = 200
+    page[20:80, 40:60] = 50
+    assert digit_image.subtract_closing(page.clone(), None)[2] == 1
+    assert digit_image.subtract_closing(255 - page, None)[2] == -1
+
+
+def test_bars_from_edge_to_edge_are_strokes_if_they_are_as_thick_as_the_pen_or_alone():
+    two = Image.new("L", (280, 280), 255)
+    for points in [(0, 40), (279, 40)], [(279, 40), (0, 240)], [(0, 240), (279, 240)]:
+        ImageDraw.Draw(two).line(points, fill=0, width=12)
+    thin_base = handwriting.draw((280, 280), [[(80, 80), (140, 30), (200, 90), (90, 230)]], 20)
+    ImageDraw.Draw(thin_base).line([(0, 236), (279, 236)], fill=0, width=7)
+    for page, places in (two, (0, -1)), (thin_base, (-1,)):
+        image = digit_image.read_digit(page).float() / 255
+        rows = image[image.sum(1) > 0].sum(1)
+        assert all(rows[place] > 7 for place in places)
 
 
 def test_a_detached_bar_of_a_quarter_of_the_ink_is_kept():
