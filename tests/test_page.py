@@ -25,6 +25,7 @@ from support.digit_image import ImageError
 def port(monkeypatch):
     """The port of the page's server, which reads with a trained Model_3; it ends as with Ctrl-C."""
     made = []
+    monkeypatch.setattr(page, "PORT", 0)  # any free one
     monkeypatch.setattr(page.webbrowser, "open", made.append)
     real = page.make_server
 
@@ -152,7 +153,8 @@ def test_twenty_requests_at_once_and_clients_that_hang_up(port, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_a_free_port_is_used_if_the_usual_one_is_taken(port):
+def test_a_free_port_is_used_if_the_usual_one_is_taken(port, monkeypatch):
+    monkeypatch.setattr(page, "PORT", port)
     other = page.make_server(None)
     assert other.server_port != port and other.server_address[0] == "127.0.0.1"
     other.server_close()
