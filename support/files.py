@@ -82,6 +82,8 @@ def create_directory(folder):
     """Creates a directory if needed. Raises RunError or OSError if that fails."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if not folder.is_dir():  # NUL, for one, on Windows
+            raise FileExistsError
     except FileExistsError as error:
         kind = "a link to a directory that does not exist" if folder.is_symlink() else "not a directory"
         raise RunError(f"{folder} is {kind}") from error
