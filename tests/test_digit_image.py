@@ -243,13 +243,13 @@ def test_light_that_falls_off_changes_little():
 
 
 def test_the_fallback_finds_dark_and_light_ink_and_ink_in_a_shadow_counts_as_much():
-    page = torch.full((100, 100), 200.0)
-    page[:, 50:] = 120  # a shadow
-    page[20:80, [20, 21, 22, 75, 76, 77]] *= 0.5
+    page = torch.full((100, 300), 200.0)
+    page[:, 150:] = 120  # a shadow
+    page[20:80, [40, 41, 42, 250, 251, 252]] *= 0.5
     difference, _, _ = digit_image.subtract_closing(page.clone(), 1)
-    assert float(difference[30:70, 76].mean() / difference[30:70, 21].mean()) > 0.85
+    assert float(difference[30:70, 251].mean() / difference[30:70, 41].mean()) > 0.85
     page[:] = 200
-    page[20:80, 40:60] = 50
+    page[20:80, 140:160] = 50
     assert digit_image.subtract_closing(page.clone(), None)[2] == 1
     assert digit_image.subtract_closing(255 - page, None)[2] == -1
 

@@ -36,7 +36,7 @@ def port(monkeypatch):
     monkeypatch.setattr(page, "make_server", make_server)
     args = evaluate.parse_args([str(WEIGHTS / "Model_3.pth"), "--draw", "--device", "cpu"])
     models = [checkpoint.load(WEIGHTS / "Model_3.pth")]
-    serving = threading.Thread(target=evaluate.serve_page, args=(models, args))
+    serving = threading.Thread(target=evaluate.serve_page, args=(models, args), daemon=True)
     serving.start()
     while len(made) < 2:
         time.sleep(0.01)
