@@ -98,7 +98,7 @@ def center(ink):
     ink = ink[top:bottom, left:right]
     if (missing := PEN * max(ink.shape) - pen_width(ink)) > 0:  # thin strokes would become faint
         size = 1 + 2 * math.ceil(missing / 2)
-        ink = max_pool2d(pad(ink[None, None], (size // 2,) * 4), size, 1)[0, 0]
+        ink = max_pool2d(ink[None, None], size, 1, size // 2)[0, 0]
     height, width = (max(1, round(20 * side / max(ink.shape))) for side in ink.shape)
     digit = interpolate(ink[None, None], (height, width), mode="bilinear", antialias=True)[0, 0]
     digit = (digit / digit.max()).clamp(0, 1)
