@@ -144,14 +144,7 @@ def start(tmp_path, tmp_path_factory, small_data):
     processes = []
 
     def start(*arguments, before=(), data_dir=small_data, **options):
-        command = [
-            *(before or [sys.executable]),
-            ROOT / "train.py",
-            "--data-dir",
-            data_dir,
-            "--device",
-            "cpu",
-        ]
+        command = [*(before or [sys.executable]), ROOT / "train.py", "--data-dir", data_dir]
         paths = [logs / f"{len(processes)}.{stream}" for stream in ("out", "err")]
         with paths[0].open("w") as out, paths[1].open("w") as err:
             options = {"cwd": tmp_path, "env": ONE_THREAD, "stdout": out, "stderr": err} | options
