@@ -126,13 +126,18 @@ def test_a_browser_in_the_terminal_does_not_block_the_server(monkeypatch):
     """It runs in the foreground, and the page is served to it."""
     pages, servers, make_server = [], [], page.make_server
     monkeypatch.setattr(page, "make_server", lambda read: servers.append(make_server(read)) or servers[0])
-    monkeypatch.setattr(page.webbrowser, "open", lambda url: pages.append(urlopen(url, timeout=20).read()))
-    serving = threading.Thread(target=page.serve, args=(None,))
-    serving.start()
+
+    def show(address):
+        try:
+            pages.append(urlopen(address, timeout=10).read())
+        except OSError as error:
+            pages.append(error)
+
+    monkeypatch.setattr(page.webbrowser, "open", show)
+    threading.Thread(target=page.serve, args=(None,), daemon=True).start()
     while not pages:
         time.sleep(0.01)
     servers[0].shutdown()
-    serving.join()
     assert pages == [page.PAGE.read_bytes()]
 
 
