@@ -319,7 +319,7 @@ def test_everything_fits_without_scrolling_and_follows_dark_mode(port, browser, 
 
 def test_the_page_says_if_the_server_has_stopped(browser):
     server = page.make_server(lambda content: {"probabilities": [0.1] * 10, "image": [0] * 784, "remark": ""})
-    threading.Thread(target=server.serve_forever).start()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     drawer = Drawer(browser, server.server_port)
     server.shutdown()
     server.server_close()
@@ -398,7 +398,7 @@ def test_an_answer_to_a_drawing_that_was_cleared_is_dropped(browser):
         return {"probabilities": [1.0] + [0.0] * 9, "image": [255] * 784, "remark": ""}
 
     server = page.make_server(read)
-    threading.Thread(target=server.serve_forever).start()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     drawer = Drawer(browser, server.server_port)
     events(
         browser,
@@ -424,7 +424,7 @@ def test_the_reason_why_a_drawing_cannot_be_read_replaces_the_answer(browser):
         return answers.pop()
 
     server = page.make_server(read)
-    threading.Thread(target=server.serve_forever).start()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     drawer = Drawer(browser, server.server_port)
     for expected, message in (0, "100.0%"), (None, "the drawing is too faint"):
         events(
