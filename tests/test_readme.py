@@ -60,7 +60,8 @@ def test_the_trained_weights_have_the_test_accuracy_in_the_table(name, mnist):
 
 def test_the_trained_weights_are_evaluated_without_arguments(call):
     output = call("evaluate.py", "--device", "cpu").stdout
-    assert "models/weights/Model_3.pth: Model_3, 4,506 parameters\nTest Accuracy: 99.59%" in output
+    weights = Path("models") / "weights" / "Model_3.pth"
+    assert f"{weights}: Model_3, 4,506 parameters\nTest Accuracy: 99.59%" in output
 
 
 def test_the_lines_that_read_an_image_and_export_a_model_work(tmp_path, monkeypatch):
