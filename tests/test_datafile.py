@@ -1,6 +1,7 @@
 import functools
 import gzip
 import hashlib
+import os
 import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -178,7 +179,7 @@ BREAKS = {
     swap_with_a_longer_one: "300",
     swap_with_other_kind: "magic number",
     replace_with_text: "magic number",
-    replace_with_folder: "directory",
+    replace_with_folder: "permission denied" if os.name == "nt" else "directory",
 }
 
 
