@@ -369,8 +369,7 @@ def test_a_missing_module_is_a_one_line_error_with_the_command(module, script):
     assert f"{sys.executable} -m pip install -r requirements.txt" in ended.stderr
 
 
-# PyTorch for Windows is built without libuv, which torchrun asks for.
-TORCHRUN = ONE_THREAD | ({"USE_LIBUV": "0"} if os.name == "nt" else {})
+torchrun = pytest.mark.skipif(os.name == "nt", reason="torchrun needs libuv, which PyTorch for Windows lacks")
 
 
 def workers(number, folder, small_data, *arguments):
@@ -379,13 +378,14 @@ def workers(number, folder, small_data, *arguments):
     options = "--model", "Model_1", "--data-dir", small_data, "--device", "cpu", *arguments
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     command = [*command, ROOT / "train.py", *map(str, options)]
-    return subprocess.Popen(command, cwd=folder, env=TORCHRUN, **pipes)
+    return subprocess.Popen(command, cwd=folder, env=ONE_THREAD, **pipes)
 
 
 def weights(folder):
     return {name: state for name, state in saved_states(folder).items() if name.startswith("best")}
 
 
+@torchrun
 def test_workers_share_the_runs_and_give_the_bits_of_one_process(small_data, fit, tmp_path):
     options = "--epochs", 2, "--runs", 4, "--output-dir"
     running = workers(3, tmp_path, small_data, *options, "shared")
@@ -400,6 +400,7 @@ def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
+@torchrun
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
 def test_a_killed_worker_costs_only_its_unfinished_run(small_data, fit, tmp_path):
     options = "--epochs", 12, "--runs", 3
@@ -418,12 +419,13 @@ def test_a_killed_worker_costs_only_its_unfinished_run(small_data, fit, tmp_path
     assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
 
 
+@torchrun
 def test_one_of_the_workers_checks_the_data_before_the_others_read_it(small_data, tmp_path):
     """An empty directory, into which only one of them may download."""
     (tmp_path / "data").mkdir()
     offline = "import torchvision.datasets as d; d.MNIST.mirrors = ['http://127.0.0.1:9/']"
     (tmp_path / "sitecustomize.py").write_text(offline)
-    environment = TORCHRUN | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    environment = ONE_THREAD | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     command = (
         sys.executable,
         "-m",
@@ -441,6 +443,7 @@ def test_one_of_the_workers_checks_the_data_before_the_others_read_it(small_data
     assert "add --resume" not in running.stderr
 
 
+@torchrun
 def test_workers_do_not_share_a_single_run(small_data, tmp_path):
     running = workers(2, tmp_path, small_data)
     output, errors = running.communicate()
