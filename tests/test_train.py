@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,7 +101,8 @@ def test_early_stopping_and_a_lowered_rate_are_announced(fit):
     assert [block[0] for block in BLOCK.findall(output)] == ["3", "4"]
     assert "Early stopping: no improvement for 3 epochs\n" in output
     output = fit(*options, "--epochs", 9).stdout
-    assert BLOCK.findall(output) == [] and "Resuming from resumed/last_Model_1.pth (epoch 4)\n" in output
+    assert BLOCK.findall(output) == []
+    assert f"Resuming from {Path('resumed') / 'last_Model_1.pth'} (epoch 4)\n" in output
 
 
 @pytest.mark.parametrize("optimizer", train.OPTIMIZERS)
@@ -318,10 +320,15 @@ MISTAKES = [
 ]
 
 
+if os.name == "nt":  # links need a privilege there
+    MISTAKES = [mistake for mistake in MISTAKES if "a_link" not in mistake[0]]
+
+
 @pytest.mark.parametrize("arguments, status, named", MISTAKES, ids=lambda value: str(value))
 def test_a_usage_error_is_one_line_and_changes_nothing(arguments, status, named, tmp_path, call):
     (tmp_path / "a_file").write_text("mine")
-    (tmp_path / "a_link").symlink_to("nowhere")
+    if "a_link" in arguments:
+        (tmp_path / "a_link").symlink_to("nowhere")
     (tmp_path / "best_Model_3.pth").write_text("mine too")
     raw_dir = tmp_path / "broken" / "MNIST" / "raw"
     raw_dir.mkdir(parents=True)
