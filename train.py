@@ -71,19 +71,26 @@ def train_epoch(model, average, loader, optimizer, epoch, augmented=True):
     averaged, weights = map(floating_point_tensors, (average, model))
     lr = optimizer.param_groups[0]["lr"]
     losses, correct, seen = [], [], 0  # per-batch sums; kept on the device to avoid synchronization
+
+    def compute_gradients(images, labels):
+        logits = model(augment(images, BACKGROUND) if augmented else images)
+        loss = cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        return loss.detach() * len(labels), (logits.argmax(1) == labels).sum()
+
     show_bar = distributed.RANK == 0 and sys.stderr is not None and sys.stderr.isatty()
     with tqdm(loader, f"Epoch {epoch}", disable=not show_bar, **BAR) as bar:
         for step, (images, labels) in enumerate(bar, 1):
             if epoch == 1:
                 optimizer.param_groups[0]["lr"] = lr * min(1, step / min(WARM_UP, len(loader)))
-            logits = model(augment(images, BACKGROUND) if augmented else images)
-            loss = cross_entropy(logits, labels)
-            optimizer.zero_grad()
-            loss.backward()
+            if step == 4 and images.is_cuda:  # the first steps create whatever is created once
+                compute_gradients = devices.capture(compute_gradients, images, labels)
+            loss, hits = compute_gradients(images, labels)
             optimizer.step()
             update_average(averaged, weights, 9 / (9 + (epoch - 1) * len(loader) + step))
-            losses.append(loss.detach() * len(labels))
-            correct.append((logits.argmax(1) == labels).sum())
+            losses.append(loss)
+            correct.append(hits)
             seen += len(labels)
             if show_bar and step % 50 == 0:
                 means = [float(torch.stack(sums).sum()) / seen for sums in (losses, correct)]

@@ -57,7 +57,7 @@ def test_packages_of_the_same_names_elsewhere_change_nothing(tmp_path):
 def test_the_isolated_mode_of_python_finds_the_project(script, tmp_path):
     command = [sys.executable, "-I", ROOT / script, "--help"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert ended.returncode == 0 or "torch is not installed" in ended.stderr  # -I ignores PYTHONPATH
+    assert ended.returncode == 0 or " is not installed" in ended.stderr  # -I ignores PYTHONPATH
 
 
 @pytest.mark.parametrize("path", [*ROOT.glob("tests/measure/*.py")], ids=lambda path: path.name)

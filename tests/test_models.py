@@ -249,7 +249,8 @@ USES = {  # each gives the logits of these images, or of the first of them
     "AveragedModel": lambda model, images: AveragedModel(model)(images),
     "assign": assigned,
     "prune": pruned,
-    "DataParallel": lambda model, images: nn.DataParallel(model)(images),
+    "DataParallel": lambda model, images: nn.DataParallel(copy.deepcopy(model))(images).cpu(),
+    "slices": lambda model, images: model[5:](model[:5](images)),
     "an empty batch": lambda model, images: model(images[:0]),
 }
 

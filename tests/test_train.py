@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ import datafile
 import models
 import train
 from conftest import BLOCK, ONE_THREAD, ROOT, TEST_LINE, same, saved_states, write_idx
-from support import checkpoint
+from support import checkpoint, devices
 from support.augmentation import augment
 
 
@@ -189,7 +190,10 @@ def test_an_epoch_never_waits_for_the_device(epoch):
     assert counts[0] == counts[1] <= 2  # the epoch's loss and accuracy, at its end
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+
+
+@needs_cuda
 def test_on_cuda_no_step_waits_for_the_device():
     class Watched(list):
         """A loader: within its epoch, each synchronization with the device is an error."""
@@ -205,6 +209,24 @@ def test_on_cuda_no_step_waits_for_the_device():
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     images, labels = torch.randn(64, 1, 28, 28).cuda(), (torch.arange(64) % 10).cuda()
     train.train_epoch(model, copy.deepcopy(model), Watched([(images, labels)] * 5), optimizer, 1)
+
+
+@needs_cuda
+@pytest.mark.parametrize("optimizer", train.OPTIMIZERS)
+def test_on_cuda_a_graph_trains_as_the_kernels_one_by_one_do(mnist, monkeypatch, optimizer):
+    images, labels = (tensor[:1_000].cuda() for tensor in mnist.validation.dataset.tensors)
+    loader = list(zip(images.split(128), labels.split(128)))  # the last batch is smaller
+    results, watched = [], mock.Mock(wraps=devices.capture)
+    for capture in watched, lambda function, *batch: function:
+        monkeypatch.setattr(devices, "capture", capture)
+        torch.manual_seed(0)
+        model = models.Model_1().cuda()
+        average = copy.deepcopy(model)
+        state = train.OPTIMIZERS[optimizer][0](model.parameters(), lr=0.001)
+        metrics = [train.train_epoch(model, average, loader, state, epoch, False) for epoch in (1, 2)]
+        results.append((metrics, average.state_dict()))
+    assert watched.call_count == 2
+    torch.testing.assert_close(*results, rtol=0.01, atol=0.001)
 
 
 @pytest.mark.parametrize("epoch", [1, 3])
