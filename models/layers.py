@@ -13,6 +13,10 @@ class Classifier(nn.Sequential):
         )
         return super().forward(images)
 
+    def __getitem__(self, index):
+        """Returns a layer, or, for a slice, an `nn.Sequential` of layers."""
+        return nn.Sequential(*self)[index]
+
 
 class Deskew(nn.Module):
     """Normalizes each digit: centers it, removes its slant and evens out its size.
