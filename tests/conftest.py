@@ -18,6 +18,7 @@ import train
 from support import checkpoint
 
 torch.set_num_threads(1)  # reproducible on any machine
+torch.backends.cudnn.allow_tf32 = False  # on CUDA, as exact as on the CPU
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has its background jobs ignore it
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "models" / "weights"
