@@ -77,7 +77,7 @@ def train_epoch(model, average, loader, optimizer, epoch, augmented=True):
         loss = cross_entropy(logits, labels)
         optimizer.zero_grad()
         loss.backward()
-        return loss.detach() * len(labels), (logits.argmax(1) == labels).sum()
+        return logits.detach(), loss.detach()
 
     show_bar = distributed.RANK == 0 and sys.stderr is not None and sys.stderr.isatty()
     with tqdm(loader, f"Epoch {epoch}", disable=not show_bar, **BAR) as bar:
@@ -86,11 +86,11 @@ def train_epoch(model, average, loader, optimizer, epoch, augmented=True):
                 optimizer.param_groups[0]["lr"] = lr * min(1, step / min(WARM_UP, len(loader)))
             if step == 4 and images.is_cuda:  # the first steps create whatever is created once
                 compute_gradients = devices.capture(compute_gradients, images, labels)
-            loss, hits = compute_gradients(images, labels)
+            logits, loss = compute_gradients(images, labels)
             optimizer.step()
             update_average(averaged, weights, 9 / (9 + (epoch - 1) * len(loader) + step))
-            losses.append(loss)
-            correct.append(hits)
+            losses.append(loss * len(labels))
+            correct.append((logits.argmax(1) == labels).sum())
             seen += len(labels)
             if show_bar and step % 50 == 0:
                 means = [float(torch.stack(sums).sum()) / seen for sums in (losses, correct)]
