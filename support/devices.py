@@ -44,9 +44,9 @@ def select_device(chosen=None):
 def capture(function, *batch):
     """Returns `function`, of tensors on CUDA, as a CUDA graph: one launch instead of one per kernel.
 
-    The kernels of a training step are so small that launching them one by one takes ten times as long as
-    running them. Batches of another size than `batch` are passed to `function` itself. The function must not
-    synchronize with the device, and must have been called before. Its results are overwritten by the next call.
+    The kernels of a training step are so small that launching them one by one takes about ten times as long
+    as running them. Batches of another size than `batch` are passed to `function` itself. The function must
+    not synchronize with the device, and must have been called before. The next call overwrites its results.
     """
     inputs = [tensor.clone() for tensor in batch]
     graph = torch.cuda.CUDAGraph()
