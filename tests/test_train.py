@@ -212,8 +212,7 @@ def test_on_cuda_no_step_waits_for_the_device():
 
 
 @needs_cuda
-@pytest.mark.parametrize("optimizer", train.OPTIMIZERS)
-def test_on_cuda_a_graph_trains_as_the_kernels_one_by_one_do(mnist, monkeypatch, optimizer):
+def test_on_cuda_a_graph_trains_as_the_kernels_one_by_one_do(mnist, monkeypatch):
     images, labels = (tensor[:1_000].cuda() for tensor in mnist.validation.dataset.tensors)
     loader = list(zip(images.split(128), labels.split(128)))  # the last batch is smaller
     results, watched = [], mock.Mock(wraps=devices.capture)
@@ -221,12 +220,11 @@ def test_on_cuda_a_graph_trains_as_the_kernels_one_by_one_do(mnist, monkeypatch,
         monkeypatch.setattr(devices, "capture", capture)
         torch.manual_seed(0)
         model = models.Model_1().cuda()
-        average = copy.deepcopy(model)
-        state = train.OPTIMIZERS[optimizer][0](model.parameters(), lr=0.001)
-        metrics = [train.train_epoch(model, average, loader, state, epoch, False) for epoch in (1, 2)]
-        results.append((metrics, average.state_dict()))
-    assert watched.call_count == 2
-    torch.testing.assert_close(*results, rtol=0.01, atol=0.001)
+        average, optimizer = copy.deepcopy(model), torch.optim.Adam(model.parameters(), lr=0.003, fused=True)
+        epochs = (train.train_epoch(model, average, loader, optimizer, i, False) for i in range(1, 5))
+        results.append([loss for loss, _ in epochs])
+    assert watched.call_count == 4
+    torch.testing.assert_close(*results, rtol=0.03, atol=0)  # a graph that reads one batch only: 7 to 20% off
 
 
 @pytest.mark.parametrize("epoch", [1, 3])
