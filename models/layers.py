@@ -14,7 +14,7 @@ class Classifier(nn.Sequential):
         return super().forward(images)
 
     def __getitem__(self, index):
-        """Returns a layer, or, for a slice, an `nn.Sequential` of layers."""
+        """Returns a layer, or, for a slice, an `nn.Sequential`: the models' classes take no layers."""
         return nn.Sequential(*self)[index]
 
 
