@@ -1,7 +1,7 @@
 """MNIST: from the IDX files on disk to batches of normalized tensors on the training device.
 
-The whole data set is 70,000 images of 784 bytes, so it is read, checked and normalized once and
-kept on the device as one tensor; a batch is a single indexing operation.
+The whole data set is 70,000 images of 784 bytes, so it is read, checked and normalized once per run and
+kept on the device, one tensor per set; a batch is a single indexing operation.
 
     loaders = get_loaders(device="cuda")
     for images, labels in loaders.train: ...
@@ -10,7 +10,7 @@ kept on the device as one tensor; a batch is a single indexing operation.
 import gzip
 import hashlib
 import math
-import shutil
+import tempfile
 import zlib
 from pathlib import Path
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Sampler, TensorDataset
 from torchvision import datasets
 
 from support.augmentation import UPSTROKES, add_upstrokes
-from support.process import RunError
+from support.exits import RunError
 
 DATA_DIR = Path(__file__).resolve().parent / "data"
 FILES = [
@@ -29,7 +29,8 @@ FILES = [
     "t10k-images-idx3-ubyte",
     "t10k-labels-idx1-ubyte",
 ]
-MNIST_DIGEST = "6ec8b2bda93d92536a92256ebf1a467ebbbf3d2091d83fd0148536a007e75caa"
+TRAINING_DIGEST = "6ec8b2bda93d92536a92256ebf1a467ebbbf3d2091d83fd0148536a007e75caa"  # MNIST's: `get_digest`
+TEST_DIGEST = "6bfdba1d84ed554183b4828e8b6c889f7fd8244ce69e5c88134d85558440207b"
 MEAN, STD = 0.1307, 0.3081  # of the training images' pixels, as fractions of 255
 BACKGROUND = -MEAN / STD  # a normalized pixel without ink
 EVALUATION_BATCH = 1_000
@@ -46,13 +47,15 @@ class Loaders(NamedTuple):
     validation: DataLoader
     test: DataLoader
     generator: torch.Generator
+    raw_dir: Path  # the directory with the files
     digest: str  # SHA-256 of the training labels and images
 
 
 class ShuffledBatchSampler(Sampler):
     """Yields the batches of an epoch as index tensors: a new permutation of `range(n)` in every epoch.
 
-    The permutation is drawn on the CPU, so that it is the same for every device, and moved once.
+    The permutation is drawn on the CPU, so that it is the same for every device, and moved once. PyTorch's
+    `BatchSampler(RandomSampler(...))` yields lists of integers and takes 2.5 times as long.
 
     Args:
         n: number of images.
@@ -62,14 +65,17 @@ class ShuffledBatchSampler(Sampler):
     """
 
     def __init__(self, n, batch_size, generator, device):
-        self.n, self.batch_size, self.generator, self.device = n, batch_size, generator, device
+        self.n = n
+        self.batch_size = batch_size
+        self.generator = generator
+        self.device = device
 
     def __iter__(self):
         permutation = torch.randperm(self.n, generator=self.generator)
         yield from permutation.to(self.device).split(self.batch_size)
 
     def __len__(self):
-        return -(-self.n // self.batch_size)
+        return math.ceil(self.n / self.batch_size)
 
 
 class BatchDataset(TensorDataset):
@@ -93,27 +99,25 @@ def read_idx(path, dimensions):
         DataError: the file does not have this format; the message names it.
         OSError: the file cannot be read.
     """
-    content = bytearray(path.stat().st_size)
-    with path.open("rb") as file:
-        del content[file.readinto(content) :]
+    content = bytearray(path.read_bytes())
     try:
         if content[:2] == b"\x1f\x8b":
             content = bytearray(gzip.decompress(content))
     except (EOFError, OSError, zlib.error) as error:
         raise DataError(f"{path} is not a valid gzip file ({error})") from error
-    magic, start = 0x0800 + dimensions, 4 + 4 * dimensions
     if not content:
         raise DataError(f"{path} is empty")
-    if content[:4] != magic.to_bytes(4, "big"):
-        raise DataError(
-            f"{path} does not start with the magic number {magic} of an IDX file of "
-            f"{'images' if dimensions == 3 else 'labels'} but with the bytes '{content[:4].hex(' ')}'"
-        )
+    magic = (0x0800 + dimensions).to_bytes(4, "big")
+    if content[:4] != magic:
+        kind = "images" if dimensions == 3 else "labels"
+        found = content[:4].hex(" ")
+        raise DataError(f"{path} is not an IDX file of {kind}: it starts with {found}, not {magic.hex(' ')}")
+    start = 4 + 4 * dimensions
     shape = [int.from_bytes(content[i : i + 4], "big") for i in range(4, start, 4)]
     size = start + math.prod(shape)
     if len(content) != size:
         shape = " x ".join(map(str, shape))
-        raise DataError(f"{path} has {len(content):,} bytes, not the {size:,} of {shape} bytes of data")
+        raise DataError(f"{path} has {len(content):,} bytes; its header ({shape}) promises {size:,}")
     return torch.frombuffer(content, dtype=torch.uint8)[start:].view(shape)
 
 
@@ -127,9 +131,11 @@ def read_split(raw_dir, prefix):
         DataError: a file is invalid; the message names it.
         OSError: a file cannot be read.
     """
-    files, _ = find_files(raw_dir)
-    image_path, label_path = files[f"{prefix}-images-idx3-ubyte"], files[f"{prefix}-labels-idx1-ubyte"]
-    images, labels = read_idx(image_path, 3), read_idx(label_path, 1).long()
+    files = find_files(raw_dir)
+    image_path = files[f"{prefix}-images-idx3-ubyte"]
+    label_path = files[f"{prefix}-labels-idx1-ubyte"]
+    images = read_idx(image_path, 3)
+    labels = read_idx(label_path, 1).long()
     if images.shape[1:] != (28, 28) or not len(images):
         raise DataError(f"{image_path} has shape {tuple(images.shape)}: no images of 28 x 28 pixels")
     if len(images) != len(labels):
@@ -139,55 +145,87 @@ def read_split(raw_dir, prefix):
     return images, labels
 
 
-def find_files(folder):
-    """Returns a dict from each of `FILES` that a directory contains to its path, and a list of similar names.
+def standard_name(path):
+    """Returns the name of a file without .gz, in lower case, and spelled as in `FILES`."""
+    return path.name.lower().removesuffix(".gz").replace(".idx", "-idx")
 
-    Case does not matter. Files may be compressed (.gz) and may be spelled as in "train-images.idx3-ubyte".
-    """
-    found, others = {}, []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        name = path.name.lower().removesuffix(".gz").replace(".idx", "-idx")
-        if name in FILES:
+
+def find_files(folder):
+    """Returns {name: path} of the files in a directory that have a name in `FILES` (see `standard_name`)."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        name = standard_name(path)
+        if name in FILES and path.is_file():
             found.setdefault(name, path)
-        elif "idx" in name or "ubyte" in name:
-            others.append(path.name)
-    return found, others
+    return found
 
 
 def find_raw_dir(data_dir):
-    """Returns the directory with the four files: `data_dir`/MNIST/raw or `data_dir` itself.
+    """Returns the directory with the four files: `data_dir`, or one at most two levels below it.
 
-    If neither contains a file of a data set, downloads MNIST to the former.
+    If `data_dir` is empty, downloads MNIST to `data_dir`/MNIST/raw.
 
     Raises:
-        DataError: the directory does not exist or contains only some of the files, or the download fails.
+        DataError: there are two such directories, or none and the directory is not empty; the directory does
+            not exist; or the download fails.
     """
     data_dir = Path(data_dir)
-    raw_dir = data_dir / "MNIST" / "raw"
-    for folder in raw_dir, data_dir:
-        found, others = find_files(folder)
-        missing = [name for name in FILES if name not in found]
-        if not missing:
-            return folder
-        if found or others:
-            present = ", ".join([path.name for path in found.values()] + others)
-            advice = "rename them, or delete them to download MNIST"
-            raise DataError(f"{folder} has {present}, but not {', '.join(missing)}: {advice}")
     if not data_dir.is_dir():
         raise DataError(f"{data_dir}: no such directory; create it to download MNIST there")
+    similar = []
+    for pattern in "*", "*/*", "*/*/*":
+        for path in sorted(data_dir.glob(pattern)):
+            if ("idx" in path.name.lower() or "ubyte" in path.name.lower()) and path.is_file():
+                similar.append(path)
+    folders = dict.fromkeys(path.parent for path in similar)
+    complete = [folder for folder in folders if len(find_files(folder)) == len(FILES)]
+    if len(complete) > 1:
+        found = " and ".join(map(str, complete))
+        raise DataError(f"{found} are two data sets: pass one of them as --data-dir")
+    if complete:
+        return complete[0]
+    if similar:
+        present = ", ".join(str(path.relative_to(data_dir)) for path in similar)
+        names = {standard_name(path) for path in similar}
+        missing = [name for name in FILES if name not in names]
+        reason = f"not {', '.join(missing)}" if missing else "not in one directory"
+        advice = "put the four files in one directory, or pass an empty one to download MNIST"
+        raise DataError(f"{data_dir} has {present}, but {reason}: {advice}")
+    own = [path.name for path in sorted(data_dir.iterdir()) if path.is_file() and path.name[0] != "."]
+    if [name for name in own if name != "README.md"]:
+        others = f"{data_dir} has no data set but other files ({own[0]}, ...)"
+        raise DataError(f"{others}: pass the directory of the data set, or an empty one to download MNIST")
+    return download(data_dir)
+
+
+def download(data_dir):
+    """Downloads MNIST to `data_dir`/MNIST/raw and returns that path. Raises DataError if that fails."""
+    raw_dir = data_dir / "MNIST" / "raw"
     print(f"Downloading MNIST, as {data_dir} contains no data set")
-    temporary = data_dir / ".download"  # so that an interrupted download leaves nothing in `raw_dir`
     try:
-        datasets.MNIST(temporary, download=True)
-        raw_dir.mkdir(parents=True, exist_ok=True)
-        for path in (temporary / "MNIST" / "raw").iterdir():
-            path.replace(raw_dir / path.name)
+        # An interrupted download leaves nothing in `raw_dir`, and two at once do not share a directory.
+        with tempfile.TemporaryDirectory(prefix=".download", dir=data_dir) as temporary:
+            datasets.MNIST(temporary, download=True)
+            raw_dir.parent.mkdir(exist_ok=True)
+            if not raw_dir.exists():  # another run was faster
+                (Path(temporary) / "MNIST" / "raw").rename(raw_dir)
     except (OSError, RuntimeError) as error:
         reason = f"MNIST could not be downloaded ({' '.join(str(error).split())})"
         raise DataError(f"{reason}: put {', '.join(FILES)} in {raw_dir}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return raw_dir
+
+
+def describe(raw_dir, digest):
+    """Returns a line that says which data was read, given the digest of the training or the test set."""
+    name = "MNIST" if digest in (TRAINING_DIGEST, TEST_DIGEST) else "not MNIST"
+    return f"Data: {raw_dir} ({name})"
+
+
+def get_digest(images, labels):
+    """Returns the SHA-256 of uint8 images and int64 labels, in hexadecimal."""
+    digest = hashlib.sha256(labels.numpy())
+    digest.update(images.numpy())
+    return digest.hexdigest()
 
 
 def normalize(images):
@@ -198,16 +236,15 @@ def normalize(images):
     return images.unsqueeze(1).to(torch.float32, copy=True).div_(255).sub_(MEAN).div_(STD)
 
 
-def split(labels, validation_size, fold, generator):
+def split(labels, fold, generator):
     """Splits the training images into a training and a validation set: see `get_loaders`.
 
     Returns:
-        Indices of both sets, int64, shuffled or, with `fold`, sorted by digit. One is empty if
-        `validation_size` is out of range.
+        Indices of both sets, int64: shuffled, or, with `fold`, sorted by digit and shuffled within each.
     """
     order = torch.randperm(len(labels), generator=generator)
     if not fold:
-        n = min(max(len(order) - validation_size, 0), len(order))
+        n = len(order) - len(order) // 12
         return order[:n], order[n:]
     order = order[labels[order].argsort(stable=True)]  # sorted by digit, so that each fold gets its share
     held_out = torch.arange(len(order)) % fold[1] == fold[0] - 1
@@ -222,32 +259,30 @@ def make_loader(images, labels, device):
 
 
 def get_test_loader(device="cpu", data_dir=DATA_DIR):
-    """Returns a `DataLoader` over the test images only: see `get_loaders`."""
-    return make_loader(*read_split(find_raw_dir(data_dir), "t10k"), device)
+    """Returns a `DataLoader` over the test images only, and a line that says which they are."""
+    raw_dir = find_raw_dir(data_dir)
+    images, labels = read_split(raw_dir, "t10k")
+    return make_loader(images, labels, device), describe(raw_dir, get_digest(images, labels))
 
 
-def get_loaders(
-    batch_size=128, validation_size=None, seed=0, device="cpu", data_dir=DATA_DIR, fold=None, upstrokes=False
-):
-    """Returns the MNIST data set as `Loaders`: three `DataLoader`s, generator and digest.
+def get_loaders(batch_size=128, seed=0, device="cpu", data_dir=DATA_DIR, fold=None, upstrokes=False):
+    """Returns the MNIST data set as `Loaders`: three `DataLoader`s, generator, directory and digest.
 
     Each loader is a `torch.utils.data.DataLoader` whose batches are pairs of images, float32
-    (N, 1, 28, 28), and labels, int64 (N,), on `device`. The seed determines the validation split and the
-    shuffling order. Training batches are shuffled and have `batch_size` images; the other two loaders go in
-    order, in batches of 1,000. Any data set in MNIST's file format and naming works, compressed or not.
+    (N, 1, 28, 28), and labels, int64 (N,), on `device`. Training batches are shuffled and have `batch_size`
+    images; the other two loaders go in order, in batches of 1,000. One twelfth of the training images (5,000
+    of MNIST's) is held out for validation. Any data set in MNIST's file format and naming works, compressed
+    or not.
 
     MNIST: Y. LeCun, C. Cortes, C. J. C. Burges, http://yann.lecun.com/exdb/mnist/.
 
     Args:
         batch_size: training batch size, at least 1.
-        validation_size: number of training images held out for validation; default: one twelfth (5,000
-            for MNIST).
-        seed: an int; the same seed gives the same split and order.
+        seed: an int; determines the validation set, the order of the training images and the upstrokes.
         device: a `torch.device` or its name.
-        data_dir: directory that contains MNIST/raw, or the files themselves. If it contains no data set,
-            MNIST is downloaded there.
+        data_dir: directory that contains MNIST/raw, or the files themselves: see `find_raw_dir`.
         fold: for cross-validation, a pair (k, K) with k from 1 to K: the seed determines K stratified
-            folds, and fold k is the validation set. `validation_size` is ignored.
+            folds, and fold k is the validation set.
         upstrokes: draw an upstroke on 10% of the training 1s (`add_upstrokes`), the same in each epoch. Only
             if the training set is MNIST's: in other data sets, label 1 need not be the digit 1.
 
@@ -258,28 +293,27 @@ def get_loaders(
     """
     raw_dir = find_raw_dir(data_dir)
     images, labels = read_split(raw_dir, "train")
-    digest = hashlib.sha256(labels.numpy())
-    digest.update(images.numpy())
+    digest = get_digest(images, labels)
     generator = torch.Generator().manual_seed(seed)
-    if validation_size is None:
-        validation_size = len(images) // 12
-    training, validation = split(labels, validation_size, fold, generator)
+    training, validation = split(labels, fold, generator)
     if not (len(training) and len(validation)):
-        cause = f"fold {fold[0]} of {fold[1]}" if fold else f"a validation_size of {validation_size:,}"
+        held_out = f"fold {fold[0]} of {fold[1]}" if fold else "one twelfth for validation"
         sizes = f"{len(training):,} for training and {len(validation):,} for validation"
-        raise DataError(f"{raw_dir} has {len(images):,} training images; {cause} leaves {sizes}")
-    if upstrokes and digest.hexdigest() == MNIST_DIGEST:
+        raise DataError(f"{raw_dir} has {len(images):,} training images; {held_out} leaves {sizes}")
+    if upstrokes and digest == TRAINING_DIGEST:
         ones = training[labels[training] == 1]
-        ones = ones[: round(UPSTROKES * len(ones))]  # `training` is already shuffled
+        ones = ones[: round(UPSTROKES * len(ones))]  # the 1s are in random order (with folds, too)
         images[ones] = add_upstrokes(images[ones], generator)
 
     # batch_size=None disables automatic batching: each index tensor is a whole batch.
     training_set = BatchDataset(normalize(images[training].to(device)), labels[training].to(device))
     shuffled = ShuffledBatchSampler(len(training), batch_size, generator, device)
+    test_images, test_labels = read_split(raw_dir, "t10k")
     return Loaders(
         DataLoader(training_set, sampler=shuffled, batch_size=None),
         make_loader(images[validation], labels[validation], device),
-        make_loader(*read_split(raw_dir, "t10k"), device),
+        make_loader(test_images, test_labels, device),
         generator,
-        digest.hexdigest(),
+        raw_dir,
+        digest,
     )

@@ -8,24 +8,24 @@
 An ensemble predicts the mean of its models' softmax outputs.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # for python -P and -I, which leave it out
 from support import startup  # noqa: F401  # isort: skip  # before PyTorch is imported
 
 import argparse
 import io
 import statistics
+import sys
 import time
 import warnings
+from pathlib import Path
 
 import torch
 
 from datafile import DATA_DIR, get_test_loader, normalize
 from models import MODELS
-from support import checkpoint, devices, files, flags, page, plots, process
-from support.digit_image import ImageError, read_digit_and_remark
+from support import checkpoint, devices, exits, files, plots
+from support.flags import path_type
+from support.handwriting import ImageError, page
+from support.handwriting.reading import find_images, read_digit_and_warning
 from support.metrics import ensemble_probabilities, predict, print_scores
 
 WEIGHTS = Path(__file__).resolve().parent / "models" / "weights" / "Model_3.pth"
@@ -48,10 +48,14 @@ def print_speed(model, loader):
 
 def evaluate(models, args):
     """Prints test accuracy for each model and for their ensemble."""
-    loader = get_test_loader(args.device, args.data_dir or DATA_DIR)
+    loader, data = get_test_loader(args.device, args.data_dir or DATA_DIR)
+    print(f"{data}\n")
     logits = []
     for path, model in zip(args.checkpoints, models):
-        outputs, labels = predict(model, loader)
+        try:
+            outputs, labels = predict(model, loader)
+        except FloatingPointError as error:
+            raise exits.RunError(f"{path}: {error}") from error
         logits.append(outputs)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         title = f"{path}: {type(model).__name__}, {parameters:,} parameters"
@@ -62,69 +66,75 @@ def evaluate(models, args):
         print_scores(f"Ensemble of {len(models)} models", probabilities, labels)
     if args.plot:
         images = loader.dataset.tensors[0].cpu()
-        for path in plots.evaluation(models, images, probabilities, labels, args.plot):
-            print(f"See {path}")
+        plots.save_evaluation(models, images, probabilities, labels, args.plot)
 
 
 @torch.no_grad()
 def classify(models, digit, device):
-    """Returns the ensemble's probabilities, float32 (10,) on the CPU, for an image, uint8 (28, 28)."""
+    """Returns the ensemble's probabilities, float32 (10,) on the CPU, for an image, uint8 (28, 28).
+
+    Raises RunError if they are not finite.
+    """
     images = normalize(digit[None].to(device))
-    return ensemble_probabilities(model(images) for model in models)[0].cpu()
+    probabilities = ensemble_probabilities(model(images) for model in models)[0].cpu()
+    if not probabilities.isfinite().all():
+        raise exits.RunError("the model's logits are not finite")
+    return probabilities
 
 
 def serve_page(models, args):
     """Serves a drawing page and classifies what is drawn on it."""
 
-    def read(content):
-        digit, remark = read_digit_and_remark(io.BytesIO(content))
+    def classify_drawing(content):
+        digit, warning = read_digit_and_warning(io.BytesIO(content))
         probabilities = classify(models, digit, args.device).tolist()
-        return {"probabilities": probabilities, "image": digit.flatten().tolist(), "remark": remark}
+        return {"probabilities": probabilities, "image": digit.flatten().tolist(), "warning": warning}
 
-    page.serve(read)
+    page.serve(classify_drawing)
 
 
 def classify_images(models, args):
     """Classifies image files and plots the first 64. Returns False if a file could not be read."""
-    titles, digits, failed = [], [], False
-    images, skipped = files.find_images(args.images)
+    images, skipped, failed = find_images(args.images)
+    for error in failed:
+        exits.warn(f"evaluate.py: error: {error}")
     if skipped:
         advice = " (convert HEIC to JPEG)" if any(path.suffix.lower() == ".heic" for path in skipped) else ""
-        process.warn(f"Skipped files{advice}: {', '.join(path.name for path in skipped)}")
+        exits.warn(f"Skipped files{advice}: {', '.join(path.name for path in skipped)}")
     if not images:
-        raise process.RunError(f"no images in {', '.join(map(str, args.images))}")
+        raise exits.RunError(f"no images in {', '.join(map(str, args.images))}")
+    titles = []
+    digits = []
     for path in images:
         try:
-            digit, remark = read_digit_and_remark(path)
+            digit, warning = read_digit_and_warning(path)
         except (ImageError, OSError) as error:
-            process.warn(f"evaluate.py: error: {error}")
-            failed = True
+            exits.warn(f"evaluate.py: error: {error}")
+            failed.append(error)
             continue
-        top = classify(models, digit, args.device).topk(2)
-        (first, second), (best, other) = top.values.tolist(), top.indices.tolist()
-        answer = f"{path}: {best} ({first:.1%}), then {other} ({second:.1%})"
-        print(answer + f"; {remark}" * bool(remark))
-        titles.append(f"{best} ({first:.0%})")
+        values, indices = classify(models, digit, args.device).topk(2)
+        answer = f"{indices[0]} ({values[0]:.1%}), then {indices[1]} ({values[1]:.1%})"
+        print(f"{path}: {answer}; {warning}" if warning else f"{path}: {answer}")
+        titles.append(f"{indices[0]} ({values[0]:.0%})")
         digits.append(digit)
     if args.plot and digits:
-        print(f"See {plots.grid(digits[:64], args.plot / 'seen.png', titles)}")
+        if len(digits) > 64:
+            print(f"seen.png shows the first 64 of {len(digits)} images")
+        plots.save(args.plot / "seen.png", plots.grid, digits[:64], titles)
     return not failed
 
 
 def parse_args(arguments=None):
     parser = argparse.ArgumentParser(description="Evaluate saved models, or classify your own digits.")
-    add, mode = parser.add_argument, parser.add_mutually_exclusive_group()
-    help_ = "weight files (default: models/weights/Model_3.pth)"
-    add("checkpoints", type=flags.path, nargs="*", default=[WEIGHTS], metavar="CHECKPOINT", help=help_)
-    add("--model", choices=MODELS, help="model class, if the weights fit several")
-    help_ = "images of one digit each, or directories of them"
-    mode.add_argument("--images", type=flags.path, nargs="+", metavar="PATH", help=help_)
-    mode.add_argument("--draw", action="store_true", help="serve a page to draw digits on")
-    add("--plot", type=flags.path, metavar="DIR", help="directory for plots (requires matplotlib)")
-    help_ = "device to run on (default: cuda if available, else cpu)"
-    add("--device", type=devices.parse_device, metavar="NAME", help=help_)
-    help_ = "directory with MNIST/raw or the four files (default: data, beside this script)"
-    add("--data-dir", type=flags.path, metavar="DIR", help=help_)
+    default = "default: models/weights/Model_3.pth"
+    parser.add_argument("checkpoints", type=path_type, nargs="*", metavar="CHECKPOINT", help=default)
+    parser.add_argument("--model", choices=MODELS, help="model class, if the weights fit several")
+    inputs = parser.add_mutually_exclusive_group()
+    inputs.add_argument("--images", type=path_type, nargs="+", metavar="PATH", help="files or directories")
+    inputs.add_argument("--draw", action="store_true", help="serve a page to draw digits on")
+    parser.add_argument("--plot", type=path_type, metavar="DIR", help="directory (requires matplotlib)")
+    parser.add_argument("--device", type=devices.parse_device, help="default: cuda if available, else cpu")
+    parser.add_argument("--data-dir", type=path_type, metavar="DIR", help="directory of the data set")
     args = parser.parse_args(arguments)
     for path in args.images or []:
         if path.suffix == ".pth":
@@ -139,12 +149,12 @@ def parse_args(arguments=None):
 def main():
     args = parse_args()
     warnings.filterwarnings("ignore", module="PIL")  # about metadata and size
-    with process.exit_on_error():
-        process.line_buffer_stdout()
+    with exits.exit_on_error():
+        exits.line_buffer_stdout()
         if args.plot:
             plots.prepare(args.plot)
         args.device = devices.select_device(args.device)
-        args.checkpoints = files.expand(args.checkpoints)
+        args.checkpoints = files.expand(args.checkpoints or [WEIGHTS])
         models = [checkpoint.load(path, args.model).to(args.device) for path in args.checkpoints]
         if args.draw:
             serve_page(models, args)

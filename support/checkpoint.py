@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import hashlib
 import io
 import itertools
 import zipfile
@@ -11,12 +10,12 @@ from pathlib import Path
 import torch
 
 from models import MODELS
-from support.files import write
-from support.flags import spell
-from support.process import RunError
+from support.exits import RunError
+from support.files import write_atomically
+from support.flags import format_flag
 
 TOLERANCE = 0.001  # the standard error of an accuracy of 99.5% over 5,000 images
-VERSION = 7  # of the training state; increment it when the contents or their meaning change
+VERSION = 8  # of the training state; increment it when the contents or their meaning change
 
 
 class CheckpointError(RunError):
@@ -75,7 +74,8 @@ def load(path, model_name=None):
     state = read(Path(path))
     if isinstance(state, dict) and "version" in state:
         raise CheckpointError(f"{path} is a training state; the weights are in the file best_...")
-    names, fitting = [model_name] if model_name else list(MODELS), []
+    names = [model_name] if model_name else list(MODELS)
+    fitting = []
     for name in names:
         with contextlib.suppress(AttributeError, RuntimeError, TypeError):  # raised if the weights do not fit
             model = MODELS[name]()
@@ -86,22 +86,17 @@ def load(path, model_name=None):
     if len(fitting) > 1:
         found = " and ".join(type(model).__name__ for model in fitting)
         raise CheckpointError(f"{path} fits {found}: choose one with --model")
-    if name := find_not_finite(fitting[0].state_dict()):
+    if name := find_not_finite(fitting[0]):
         raise CheckpointError(f"{path}: {name} has values that are not finite")
     return fitting[0].eval()
 
 
-def find_not_finite(state):
-    """Returns the name of the first tensor of a `state_dict` with values that are not finite, or None."""
-    return next((name for name, value in state.items() if not value.isfinite().all()), None)
+def find_not_finite(model):
+    """Returns the name of the first parameter of a model with values that are not finite, or None."""
+    return next((name for name, value in model.named_parameters() if not value.isfinite().all()), None)
 
 
-def sha256(content):
-    """Returns the SHA-256 of bytes, in hexadecimal."""
-    return hashlib.sha256(content).hexdigest()
-
-
-def best_epoch(history):
+def epoch_to_keep(history):
     """Returns the epoch, from 1, whose weights are kept: the latest with about the highest accuracy.
 
     Differences up to `TOLERANCE` are noise, and weights that were trained for longer tend to be better.
@@ -116,23 +111,27 @@ class TrainingState:
     Args:
         model, optimizer, scheduler: PyTorch objects, before the first step.
         generator: generator of the training loader.
-        settings: dict from each flag that must be the same when the run is resumed to its value.
+        settings: {flag: value}; resuming requires the same values.
 
     Attributes:
-        average: a copy of the model that holds the average of its weights.
+        average_model: a copy of the model that holds the average of its weights.
         history: list of metrics, one dict per epoch.
-        best: `state_dict` of the average after the best epoch, on the CPU.
-        best_digest: SHA-256 of the best-weights file last written by this run.
+        best: `state_dict` of the average after the epoch to keep, on the CPU.
+        saved_epochs: number of epochs that were trained when the state was last saved or loaded.
     """
 
-    PARTS = "model", "average", "optimizer", "scheduler"
-    METRICS = "lr", "training_loss", "training_accuracy", "validation_loss", "validation_accuracy"
+    PARTS = "model", "average_model", "optimizer", "scheduler"
 
     def __init__(self, model, optimizer, scheduler, generator, settings):
-        self.model, self.optimizer, self.scheduler = model, optimizer, scheduler
-        self.average = copy.deepcopy(model)
-        self.generator, self.settings = generator, settings
-        self.history, self.best, self.best_digest = [], {}, ""
+        self.model = model
+        self.average_model = copy.deepcopy(model)
+        self.optimizer = optimizer
+        self.scheduler = scheduler
+        self.generator = generator
+        self.settings = settings
+        self.history = []
+        self.best = {}
+        self.saved_epochs = 0
         self.device_module = getattr(torch, next(model.parameters()).device.type, None)  # torch.cuda, ...
 
     def is_finished(self, epochs, patience=None):
@@ -141,71 +140,73 @@ class TrainingState:
         stale = len(accuracies) - 1 - accuracies.index(max(accuracies)) if accuracies else 0
         return len(self.history) >= epochs or (patience is not None and stale >= patience)
 
-    def add_epoch(self, *metrics):
-        """Appends the metrics of an epoch (see `METRICS`); keeps a copy of the average if it is the best."""
-        self.history.append(dict(zip(self.METRICS, metrics, strict=True)))
-        if best_epoch(self.history) == len(self.history):
-            self.best = {name: value.cpu().clone() for name, value in self.average.state_dict().items()}
+    def add_epoch(self, metrics):
+        """Appends the metrics of an epoch, a dict; keeps a copy of the average if it is the one to keep."""
+        self.history.append(metrics)
+        if epoch_to_keep(self.history) == len(self.history):
+            self.best = {name: value.cpu().clone() for name, value in self.average_model.state_dict().items()}
 
     def state_dict(self):
         random = {"cpu": torch.get_rng_state(), "loader": self.generator.get_state()}
         if hasattr(self.device_module, "get_rng_state"):
             random["device"] = self.device_module.get_rng_state()
-        state = {"settings": self.settings, "history": self.history, "random": random}
-        state |= {"best": self.best, "best_digest": self.best_digest}
-        return state | {part: getattr(self, part).state_dict() for part in self.PARTS}
+        state = {"settings": self.settings, "history": self.history, "random": random, "best": self.best}
+        for part in self.PARTS:
+            state[part] = getattr(self, part).state_dict()
+        return state
 
     def load_state_dict(self, state):
         for part in self.PARTS:
             getattr(self, part).load_state_dict(state[part])
-        self.history, self.best, self.best_digest = state["history"], state["best"], state["best_digest"]
+        self.history = state["history"]
+        self.best = state["best"]
         torch.set_rng_state(state["random"]["cpu"])
         self.generator.set_state(state["random"]["loader"])
         if "device" in state["random"] and hasattr(self.device_module, "set_rng_state"):
             self.device_module.set_rng_state(state["random"]["device"])
 
     def save(self, last_path, best_path):
-        """Writes the state, then the best weights if they have changed.
+        """Writes the state, then the best weights if they are those of the last epoch.
 
-        If the run is killed in between, the best file is out of date; `resume` replaces it.
+        If the run is killed in between, the best file is out of date; `resume` writes it again.
         """
         file = {"version": VERSION, "pytorch": str(torch.__version__), "state": self.state_dict()}
-        write(serialize(file), last_path)
-        best = serialize(self.best)
-        if sha256(best) != self.best_digest:
-            write(best, best_path)
-        self.best_digest = sha256(best)
+        write_atomically(last_path, serialize(file))
+        self.saved_epochs = len(self.history)
+        if epoch_to_keep(self.history) == len(self.history):
+            write_atomically(best_path, serialize(self.best))
 
     def resume(self, last_path, best_path):
         """Loads the state saved at `last_path`, and makes `best_path` the file of its best weights.
 
-        A file at `best_path` that this run did not write is renamed.
+        A file at `best_path` with other weights is renamed.
 
         Raises:
             CheckpointError: the file is corrupt, or was saved by another version or with other settings.
             OSError: the file cannot be read.
         """
         file = read(last_path)
-        if not isinstance(file, dict) or repr(file.get("version")) != repr(VERSION):  # it may be a tensor
+        version = file.get("version") if isinstance(file, dict) else None
+        if not isinstance(version, int) or version != VERSION:
             raise CheckpointError(f"{last_path} is not a training state of this version (format {VERSION})")
         try:
-            state = file["state"]
-            for flag, value in self.settings.items():
-                if (found := state["settings"][flag]) != value:
-                    other = f"saved with {spell(flag, found)}, not {spell(flag, value)}"
-                    if flag == "--data-dir":
-                        other = "saved with other images in --data-dir"
-                    raise CheckpointError(f"{last_path} was {other}: use its flags, or another --output-dir")
-            self.load_state_dict(state)
-        except CheckpointError:
-            raise
+            self.check_settings(file["state"]["settings"], last_path)
+            self.load_state_dict(file["state"])
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             reason = f"saved with PyTorch {file.get('pytorch')}, loaded with {torch.__version__}"
             raise CheckpointError(f"{last_path} cannot be loaded ({reason}): {str(error)[:80]!r}") from error
         best = serialize(self.best)
-        old = best_path.read_bytes() if best_path.exists() else b""
-        if old != best:
-            if sha256(old) != self.best_digest:
-                back_up(best_path)
-            write(best, best_path)
-        self.best_digest = sha256(best)
+        if not best_path.exists() or best_path.read_bytes() != best:
+            back_up(best_path)
+            write_atomically(best_path, best)
+        self.saved_epochs = len(self.history)
+
+    def check_settings(self, settings, path):
+        """Raises CheckpointError unless the settings in the file at `path` are those of this run."""
+        for flag, value in self.settings.items():
+            if settings[flag] != value:
+                other = f"{format_flag(flag, settings[flag])}, not {format_flag(flag, value)}"
+                if flag == "--data-dir":  # its value is a digest
+                    other = "other images in --data-dir"
+                advice = "use its flags, or another --output-dir"
+                raise CheckpointError(f"{path} was saved with {other}: {advice}")

@@ -3,20 +3,24 @@
 import argparse
 import os
 import shutil
-from pathlib import Path
 
 import torch
 
-from support import distributed, process
+from support import distributed
+from support.exits import RunError, warn
 
 
 def parse_device(text):
-    """Argument type for devices: returns a `torch.device` after creating a tensor on it."""
+    """Argument type for devices: returns a `torch.device` after creating a tensor on it.
+
+    With torchrun, "cuda" is the process's own GPU. If there are more processes than GPUs, they take turns.
+    """
+    if text == "cuda" and distributed.WORLD_SIZE > 1 and torch.cuda.device_count():
+        text = f"cuda:{distributed.LOCAL_RANK % torch.cuda.device_count()}"
     try:
         torch.zeros(1, device=text).item()
     except Exception as error:  # unavailable devices raise many different exceptions
-        is_unknown = "at start of device string" in str(error)  # followed by the names of twenty devices
-        reason = "use cpu, cuda, cuda:1, mps, ..." if is_unknown else str(error).strip().split("\n")[0]
+        reason = str(error).strip().split("\n")[0]
         raise argparse.ArgumentTypeError(f"device {text!r} is not available: {reason}") from error
     return torch.device(text)
 
@@ -24,21 +28,32 @@ def parse_device(text):
 def select_device(chosen=None):
     """Returns `chosen`, or by default CUDA if a tensor can be created on it, else the CPU.
 
-    Prints a line if there is an NVIDIA GPU that cannot be used. With torchrun, each process gets its own GPU.
+    Prints a line if there is an NVIDIA GPU that cannot be used.
+
+    Raises:
+        RunError: with torchrun, this process's GPU cannot be used; the others would wait for the CPU.
     """
     if chosen is None and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
         try:
             chosen = parse_device("cuda")
         except argparse.ArgumentTypeError as error:
-            files = [*Path("/dev").glob("nvidia[0-9]*"), *Path("/usr/lib/wsl/lib").glob("libcuda.so*")]
-            if files or shutil.which("nvidia-smi"):
-                process.warn(f"Running on the CPU: {error}")
+            if distributed.WORLD_SIZE > 1 and torch.cuda.device_count():
+                raise RunError(str(error)) from error
+            if shutil.which("nvidia-smi"):
+                warn(f"Running on the CPU: {error}")
     chosen = chosen or torch.device("cpu")
-    if chosen == torch.device("cuda") and distributed.WORLD_SIZE > 1:
-        chosen = torch.device("cuda", distributed.LOCAL_RANK % torch.cuda.device_count())
     if chosen.type == "cuda" and chosen.index is not None:
         torch.cuda.set_device(chosen)
     return chosen
+
+
+def keep_freed_memory():
+    """Raises glibc's mmap threshold so that memory freed by one step is reused by the next.
+
+    Otherwise it is returned to the kernel and zeroed on reuse, which can take up to half of a CPU step.
+    The threshold becomes the size of the largest block freed so far, up to 32 MiB.
+    """
+    torch.empty(33_000_000, dtype=torch.uint8)
 
 
 def capture(function, *batch):

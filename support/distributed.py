@@ -1,4 +1,4 @@
-"""The processes started by torchrun, over which runs are distributed. Their names are torchrun's."""
+"""The processes that torchrun starts; runs are distributed over them. RANK etc. are as in torchrun."""
 
 import contextlib
 import datetime
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from support.process import RunError
+from support.exits import RunError
 
 RANK, WORLD_SIZE, LOCAL_RANK = 0, 1, 0
 if dist.is_available() and dist.is_torchelastic_launched():  # else the variables are stale

@@ -1,12 +1,13 @@
-"""Files and directories: the ones that the command line names, atomic writes, and a lock."""
+"""Files and directories: patterns of paths, atomic writes, and a lock."""
 
 import contextlib
 import glob
 import os
+import tempfile
 import time
 from pathlib import Path
 
-from support.process import RunError, warn
+from support.exits import RunError, warn
 
 try:
     import fcntl
@@ -15,7 +16,6 @@ except ImportError:  # Windows, where two runs in one directory are not detected
 
 # On Windows, a file that a virus scanner, a cloud drive or an editor has open cannot be replaced.
 ATTEMPTS = 20 if os.name == "nt" else 1  # 0.1 s apart
-SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 def expand(paths):
@@ -33,25 +33,7 @@ def expand(paths):
     return expanded
 
 
-def find_images(paths):
-    """Returns the paths of images, and the paths of other files in the directories.
-
-    Directories are replaced by the image files in them and in their subdirectories, by extension; hidden
-    files are excluded. Raises OSError if a directory cannot be read.
-    """
-    images, others = [], []
-    for path in expand(paths):
-        if not path.is_dir():
-            images.append(path)
-            continue
-        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
-        for file in files:
-            if "/." not in f"/{file.relative_to(path).as_posix()}":
-                (images if file.suffix.lower() in SUFFIXES else others).append(file)
-    return images, others
-
-
-def write(content, path):
+def write_atomically(path, content):
     """Writes bytes to a file atomically: if it is interrupted, `path` is either the old file or the new one.
 
     Raises:
@@ -79,14 +61,16 @@ def write(content, path):
 
 
 def create_directory(folder):
-    """Creates a directory if needed. Raises RunError or OSError if that fails."""
+    """Creates a directory if needed. Raises RunError if that fails or no file can be written there."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not folder.is_dir():  # NUL, for one, on Windows
-            raise FileExistsError
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except FileExistsError as error:
         kind = "a link to a directory that does not exist" if folder.is_symlink() else "not a directory"
         raise RunError(f"{folder} is {kind}") from error
+    except OSError as error:
+        raise RunError(f"no file can be written to {folder} ({error.strerror})") from error
 
 
 @contextlib.contextmanager

@@ -6,12 +6,14 @@ import os
 from pathlib import Path
 
 
-def path(text):
-    """Returns a `Path` in which a leading ~ is the home directory."""
+def path_type(text):
+    """Argument type for paths: returns a `Path` in which a leading ~ is the home directory."""
+    if not text:  # a shell variable that is not set, which would be the working directory
+        raise argparse.ArgumentTypeError("must not be empty")
     return Path(os.path.expanduser(text))  # noqa: PTH111  # Path.expanduser raises if there is no such user
 
 
-def integer(lowest, highest):
+def int_between(lowest, highest):
     """Returns an argument type for integers in a range, both ends included."""
 
     def integer(text):
@@ -29,7 +31,7 @@ def positive_number(text):
     return float(text)
 
 
-def spell(flag, value):
+def format_flag(flag, value):
     """Returns a flag and its value as one types them, such as "--lr 0.01" or "--no-augment"."""
     if isinstance(value, bool):
         return flag if value else flag.replace("--", "--no-", 1)

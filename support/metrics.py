@@ -1,24 +1,41 @@
 """Predictions, metrics and ensembles."""
 
 import statistics
+from typing import NamedTuple
 
 import torch
+
+
+class RunResult(NamedTuple):
+    """What a training run has reached with the weights that it keeps."""
+
+    validation_accuracy: float  # a fraction
+    test_accuracy: float  # a fraction
+    logits: torch.Tensor  # of the test images, float32 (N, 10), on the CPU
+    labels: torch.Tensor  # of the test images, int64 (N,), on the CPU
 
 
 @torch.no_grad()
 def predict(model, loader):
     """Returns the logits, float32 (N, 10), and the labels, int64 (N,), of all images of a loader, on the CPU.
 
-    The model is left in evaluation mode.
+    The model is left in evaluation mode. Raises FloatingPointError if a logit is not finite.
     """
     model.eval()
-    logits, labels = zip(*((model(images), labels) for images, labels in loader))
-    return torch.cat(logits).cpu(), torch.cat(labels).cpu()
+    logits = []
+    labels = []
+    for images, targets in loader:
+        logits.append(model(images))
+        labels.append(targets)
+    logits = torch.cat(logits).cpu()
+    if not logits.isfinite().all():
+        raise FloatingPointError("the model's logits are not finite")
+    return logits, torch.cat(labels).cpu()
 
 
 def accuracy(scores, labels):
     """Returns the top-1 accuracy, a fraction, of logits or probabilities (N, 10) for labels (N,)."""
-    return float((scores.argmax(1) == labels).sum() / len(labels))
+    return int((scores.argmax(1) == labels).sum()) / len(labels)
 
 
 def ensemble_probabilities(logits):
@@ -39,14 +56,18 @@ def print_runs(name, results):
 
     Args:
         name: name of the model.
-        results: dict from each run's name to its validation and test accuracy, the logits of the test
-            images, float32 (N, 10), and their labels, int64 (N,).
+        results: dict from each run's name to its `RunResult`.
     """
-    validations, tests, logits, labels = zip(*results.values())
-    print(f"\n{name:12}{'Validation':18}Test")
-    for run, validation, test in zip(results, validations, tests):
-        print(f"{run:12}{validation:<18.2%}{test:.2%}")
-    means = [f"{statistics.mean(x):.2%} ± {statistics.stdev(x):.2%}" for x in (validations, tests)]
-    print(f"{'mean ± sd':12}{means[0]:18}{means[1]}")
-    print(f"{'lowest':12}{min(validations):<18.2%}{min(tests):.2%}")
-    print(f"{'ensemble':30}{accuracy(ensemble_probabilities(logits), labels[0]):.2%}")
+    width = max(map(len, [*results, "mean ± sd"])) + 3
+    validations = [result.validation_accuracy for result in results.values()]
+    tests = [result.test_accuracy for result in results.values()]
+    print(f"\n{name:{width}}{'Validation':18}Test")
+    for run, result in results.items():
+        print(f"{run:{width}}{result.validation_accuracy:<18.2%}{result.test_accuracy:.2%}")
+    validation = f"{statistics.mean(validations):.2%} ± {statistics.stdev(validations):.2%}"
+    test = f"{statistics.mean(tests):.2%} ± {statistics.stdev(tests):.2%}"
+    print(f"{'mean ± sd':{width}}{validation:18}{test}")
+    print(f"{'lowest':{width}}{min(validations):<18.2%}{min(tests):.2%}")
+    ensemble = ensemble_probabilities(result.logits for result in results.values())
+    labels = next(iter(results.values())).labels
+    print(f"{'ensemble':{width + 18}}{accuracy(ensemble, labels):.2%}")

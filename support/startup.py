@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SPIN = {"GOMP_SPINCOUNT": "1000"}
 
 if sys.version_info < (3, 10):
     sys.exit("this project needs Python 3.10 or newer; this is Python {}.{}".format(*sys.version_info))
@@ -22,6 +21,6 @@ if script.resolve().parent == ROOT and not hasattr(sys, "ps1"):  # a script of t
     # default, which takes CPU time from other processes. libgomp reads this variable when it is loaded.
     # A user's own settings are kept.
     if not any(name.startswith(("OMP_", "GOMP_", "KMP_")) for name in os.environ):
-        os.environ.update(SPIN)
+        os.environ["GOMP_SPINCOUNT"] = "1000"
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback if Ctrl-C interrupts the imports

@@ -112,7 +112,6 @@ def call(tmp_path, monkeypatch, capsys):
 
     def call(script, *arguments, check=True):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("support.process.saved", "")  # as in a new process
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         code = 0
         try:

@@ -53,7 +53,7 @@ def meta(monkeypatch):
 
     monkeypatch.setattr(datafile, "ShuffledBatchSampler", Batches)
     monkeypatch.setattr(torch.Tensor, "cpu", noise_from_meta)
-    monkeypatch.setattr(checkpoint, "find_not_finite", lambda state: None)
+    monkeypatch.setattr(checkpoint, "find_not_finite", lambda model: None)
     for name in "adam", "sgd":  # no device but the real ones has fused optimizers
         fused, multiple = train.OPTIMIZERS[name]
         monkeypatch.setitem(train.OPTIMIZERS, name, (functools.partial(fused, fused=False), multiple))
@@ -80,7 +80,7 @@ def test_a_run_stays_on_its_device_and_never_waits_for_it(optimizer, small_data,
     args = arguments(small_data, tmp_path, "--epochs", 2, "--optimizer", optimizer)
     _, _, logits, labels = train.train("Model_3", args, 0)
     output = capsys.readouterr().out
-    assert "Model_3 on meta: --seed 0 " in output
+    assert "Model_3 on meta: --batch-size 128 --optimizer " in output
     assert len(BLOCK.findall(output)) == 2 and TEST_LINE.search(output)
     assert (logits.device.type, labels.device.type) == ("cpu", "cpu")
     assert all(
@@ -94,7 +94,7 @@ def test_a_run_stays_on_its_device_and_never_waits_for_it(optimizer, small_data,
     loaders = datafile.get_loaders(device=META, data_dir=small_data)
     resumed = train.create_training_state("Model_3", args, 0, None, loaders)
     resumed.resume(last, tmp_path / "best_Model_3.pth")
-    for part in resumed.model, resumed.average:
+    for part in resumed.model, resumed.average_model:
         assert all(value.is_meta for value in part.state_dict().values())
     for moments in resumed.optimizer.state.values():
         tensors = [moment for moment in moments.values() if torch.is_tensor(moment) and moment.dim()]

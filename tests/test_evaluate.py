@@ -10,7 +10,7 @@ import datafile
 import models
 from conftest import WEIGHTS, seven
 from support import checkpoint, plots
-from support.digit_image import read_digit
+from support.handwriting.reading import read_digit
 
 
 def test_scores_equal_those_of_plain_pytorch(call, mnist):
@@ -107,7 +107,7 @@ def test_an_empty_directory_is_skipped_and_only_empty_ones_are_an_error(call, tm
 
 
 @pytest.mark.parametrize("suffix", ["tiff", "gif"])
-def test_a_file_of_several_pages_gets_a_remark(call, tmp_path, suffix):
+def test_a_file_of_several_pages_gets_a_warning(call, tmp_path, suffix):
     seven().save(tmp_path / f"pages.{suffix}", save_all=True, append_images=[seven(ink=50), seven(ink=90)])
     output = call("evaluate.py", WEIGHTS / "Model_3.pth", "--images", f"pages.{suffix}").stdout
     assert output.startswith(f"pages.{suffix}: 7 (") and output.endswith(
@@ -115,7 +115,7 @@ def test_a_file_of_several_pages_gets_a_remark(call, tmp_path, suffix):
     )
 
 
-def test_an_ensemble_prints_the_mean_of_its_softmax_outputs_and_the_remark(call, tmp_path):
+def test_an_ensemble_prints_the_mean_of_its_softmax_outputs_and_the_warning(call, tmp_path):
     page = Image.new("L", (420, 200), 255)
     page.paste(seven(), (0, 0))
     page.paste(seven().rotate(180), (210, 0))
@@ -144,12 +144,13 @@ def test_the_model_flag_chooses_the_class_and_patterns_name_checkpoints(call, tm
 
 def test_the_plot_shows_each_image_as_the_model_saw_it(call, tmp_path, monkeypatch):
     grids = []
-    monkeypatch.setattr(plots, "grid", lambda images, path, titles: grids.append((images, titles)) or path)
+    monkeypatch.setattr(plots, "save", lambda path, plot, *given: grids.append((path.name, plot, *given)))
     for index, angle in enumerate([0, 90, 180]):
         seven().rotate(angle, fillcolor=255).save(tmp_path / f"{index}.png")
     names = [f"{index}.png" for index in range(3)]
     output = call("evaluate.py", "--device", "cpu", "--images", *names, "--plot", "plots").stdout
-    ((images, titles),) = grids
+    ((name, plot, images, titles),) = grids
+    assert (name, plot) == ("seen.png", plots.grid)
     assert all(
         torch.equal(image, read_digit(tmp_path / name)) for image, name in zip(images, names, strict=True)
     )

@@ -23,7 +23,7 @@ README = (ROOT / "README.md").read_text()
 MODULES = [
     *ROOT.glob("*.py"),
     *ROOT.glob("models/*.py"),
-    *ROOT.glob("support/*.py"),
+    *ROOT.glob("support/**/*.py"),
 ]
 
 
@@ -51,13 +51,6 @@ def test_packages_of_the_same_names_elsewhere_change_nothing(tmp_path):
         command = [sys.executable, *arguments]
         ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert ended.returncode == 0, ended.stderr + ended.stdout
-
-
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py"])
-def test_the_isolated_mode_of_python_finds_the_project(script, tmp_path):
-    command = [sys.executable, "-I", ROOT / script, "--help"]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert ended.returncode == 0 or " is not installed" in ended.stderr  # -I ignores PYTHONPATH
 
 
 @pytest.mark.parametrize("path", [*ROOT.glob("tests/measure/*.py")], ids=lambda path: path.name)

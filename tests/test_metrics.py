@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import evaluate
-from support.metrics import accuracy, ensemble_probabilities, print_runs
+from support import metrics
+from support.metrics import RunResult, accuracy, ensemble_probabilities, print_runs
 
 
 def test_an_ensemble_is_the_mean_of_the_probabilities_and_not_of_the_logits():
@@ -22,7 +23,7 @@ def test_accuracy_is_the_fraction_of_largest_scores_at_the_label():
 def test_the_table_of_runs_has_each_accuracy_in_its_column(capsys):
     labels = torch.tensor([0, 1, 2, 3])
     right, wrong = torch.eye(10)[:4] * 5, torch.eye(10)[[9, 9, 2, 3]] * 2
-    results = {"seed 0": (0.9, 0.8, right, labels), "seed 1": (0.7, 0.75, wrong, labels)}
+    results = {"seed 0": RunResult(0.9, 0.8, right, labels), "seed 1": RunResult(0.7, 0.75, wrong, labels)}
     print_runs("Model_1", results)
     assert capsys.readouterr().out == (
         "\nModel_1     Validation        Test\n"
@@ -36,7 +37,7 @@ def test_the_table_of_runs_has_each_accuracy_in_its_column(capsys):
 
 def test_digits_that_a_data_set_does_not_have_are_left_out_of_the_recall(capsys):
     labels = torch.tensor([0, 0, 7, 7])
-    evaluate.print_scores("title", torch.eye(10)[[0, 1, 7, 7]], labels)
+    metrics.print_scores("title", torch.eye(10)[[0, 1, 7, 7]], labels)
     assert (
         capsys.readouterr().out == "title\nTest Accuracy: 75.00% (1 errors)\nRecall: 0: 50.00%, 7: 100.00%\n"
     )

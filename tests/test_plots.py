@@ -4,7 +4,6 @@ from pathlib import Path
 import matplotlib
 import pytest
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 
 import models
@@ -17,43 +16,34 @@ def is_small_png(path):
         return image.format == "PNG" and image.width >= 300 and path.stat().st_size < 200_000
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The axes of each figure that is drawn, by the name of its file, in place of the file."""
-    figures = {}
-
-    def save(path, draw, rows=1, columns=1, size=(5, 5)):
-        fig = Figure(size)
-        axes = fig.subplots(rows, columns, squeeze=False)
-        draw(fig, axes)
-        figures[path.name] = axes
-        return path
-
-    monkeypatch.setattr(plots, "save", save)
-    return figures
-
-
-def test_curves_show_each_metric_in_its_unit_and_the_saved_epoch(drawn):
+def test_curves_show_each_metric_in_its_unit_and_the_saved_epoch():
     names = "lr", "training_loss", "training_accuracy", "validation_loss", "validation_accuracy"
-    rows = [(0.1, 0.5, 0.8, 0.4, 0.85), (0.1, 0.3, 0.9, 0.2, 0.95), (0.01, 0.2, 0.92, 0.25, 0.94)]
-    plots.curves([dict(zip(names, row)) for row in rows], 2, Path("curves.png"))
-    for ax, metric, unit in zip(drawn["curves.png"][0], ("loss", "accuracy"), (1, 100)):
+    rows = [
+        (0.1, 0.5, 0.8, 0.4, 0.85),
+        (0.1, 0.3, 0.9, 0.2, 0.95),
+        (0.01, 0.2, 0.92, 0.25, 0.94),
+        (0.001, 0.2, 0.92, 0.24, 0.945),
+    ]
+    fig = plots.curves([dict(zip(names, row)) for row in rows], 2)
+    for ax, metric, unit in zip(fig.axes, ("loss", "accuracy"), (1, 100)):
         lines = {line.get_label(): line for line in ax.get_lines()}
         for kind in "training", "validation":
             values = [unit * row[names.index(f"{kind}_{metric}")] for row in rows]
             assert list(lines[kind].get_ydata()) == pytest.approx(values)
-            assert list(lines[kind].get_xdata()) == [1, 2, 3]
+            assert list(lines[kind].get_xdata()) == [1, 2, 3, 4]
         saved = unit * rows[1][names.index(f"validation_{metric}")]
         assert (lines["saved"].get_xdata()[0], lines["saved"].get_ydata()[0]) == (2, pytest.approx(saved))
-        assert list(lines["learning rate lowered"].get_xdata()) == [2.5, 2.5]
+        vertical = [list(line.get_xdata()) for line in ax.get_lines() if line.get_linestyle() == ":"]
+        assert vertical == [[2.5, 2.5], [3.5, 3.5]]
         assert ax.get_title() == {"loss": "Loss", "accuracy": "Accuracy (%)"}[metric]
-        assert ax.get_xlabel() == "Epoch" and ax.get_xlim() == (0.5, 3.5)
+        assert ax.get_xlabel() == "Epoch" and ax.get_xlim() == (0.5, 4.5)
+    legend = [text.get_text() for text in fig.axes[1].get_legend().get_texts()]
+    assert legend == ["training", "validation", "saved", "learning rate lowered"]  # each once
 
 
-def test_the_confusion_matrix_has_predictions_to_the_right_and_labels_down(drawn):
+def test_the_confusion_matrix_has_predictions_to_the_right_and_labels_down():
     labels, predictions = torch.tensor([7, 7, 7, 2, 4]), torch.tensor([1, 1, 7, 2, 9])
-    plots.confusion(predictions, labels, Path("confusion.png"))
-    ax = drawn["confusion.png"][0, 0]
+    (ax,) = plots.confusion(predictions, labels).axes
     texts = {(text.get_position()): text.get_text() for text in ax.texts}
     assert texts == {(1, 7): "2", (7, 7): "1", (2, 2): "1", (9, 4): "1"}
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("Prediction", "Label")
@@ -62,25 +52,61 @@ def test_the_confusion_matrix_has_predictions_to_the_right_and_labels_down(drawn
     assert shades[7, 1] == 2 and shades[4, 9] == 1 and shades.sum() == 3
 
 
-def test_mistakes_are_titled_label_as_prediction_the_most_confident_first(drawn):
+def test_mistakes_are_titled_label_as_prediction_the_most_confident_first(tmp_path, monkeypatch):
     images, labels = torch.arange(4.0).view(4, 1, 1, 1).expand(4, 1, 28, 28), torch.tensor([3, 5, 8, 1])
     probabilities = torch.full((4, 10), 0.01)
     for image, (digit, value) in enumerate([(2, 0.7), (5, 0.9), (0, 0.8), (7, 0.6)]):
         probabilities[image, digit] = value
-    paths = plots.evaluation([models.Model_1()], images, probabilities, labels, Path())
-    assert [path.name for path in paths] == ["confusion.png", "mistakes.png", "filters.png"]
-    shown = [ax for ax in drawn["mistakes.png"].flat if ax.get_images()]
+    figures = {}
+    monkeypatch.setattr(
+        plots,
+        "save",
+        lambda path, plot, *given, **options: figures.update({path.name: plot(*given, **options)}),
+    )
+    plots.save_evaluation([models.Model_1()], images, probabilities, labels, tmp_path)
+    assert list(figures) == ["confusion.png", "mistakes.png", "filters.png"]
+    shown = [ax for ax in figures["mistakes.png"].axes if ax.get_images()]
     assert [ax.get_title() for ax in shown] == ["8 as 0, 80%", "3 as 2, 70%", "1 as 7, 60%"]
     assert [float(ax.get_images()[0].get_array()[0, 0]) for ax in shown] == [2, 0, 3]
-    for ax in drawn["filters.png"].flat:  # zero is the middle of the colors
+    for ax in figures["filters.png"].axes:  # zero is the middle of the colors
         low, high = ax.get_images()[0].get_clim()
         assert low == -high and high > 0
 
 
+def test_one_evaluation_leaves_no_plot_of_another(tmp_path):
+    for name in "mistakes.png", "filters.png", "notes.png":
+        (tmp_path / name).write_text("old")
+    labels = torch.arange(10)
+    model = torch.nn.Flatten()  # no convolution, and no errors
+    plots.save_evaluation([model], torch.zeros(10, 1, 28, 28), torch.eye(10), labels, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"confusion.png", "notes.png"}
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_directory_without_room_is_noticed_before_and_a_plot_that_fails_does_not_end_the_run(
+    fit, tmp_path, monkeypatch, broken
+):
+    def fail(*arguments, **options):
+        raise OSError(30, "Read-only file system")
+
+    if broken:
+        monkeypatch.setattr(plots, "curves", fail)
+        ended = fit("--model", "Model_1", "--epochs", 1, "--plot", "plots")
+        path = Path("plots") / "curves_Model_1.png"
+        assert ended.stderr == f"train.py: {path} cannot be drawn: [Errno 30] Read-only file system\n"
+        assert "Test Accuracy" in ended.stdout
+        return
+    monkeypatch.setattr("support.files.tempfile.TemporaryFile", fail)
+    for arguments in ([], ["--plot", "plots"]):
+        ended = fit("--model", "Model_1", "--epochs", 1, *arguments, check=False)
+        assert (ended.returncode, ended.stdout) == (1, "")
+        assert ended.stderr == "train.py: error: no file can be written to . (Read-only file system)\n"
+
+
 def test_the_users_own_matplotlib_settings_are_ignored(tmp_path, monkeypatch):
     monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
-    path = plots.confusion(torch.tensor([1]), torch.tensor([1]), tmp_path / "confusion.png")
-    assert path.exists() and matplotlib.rcParams["text.usetex"] is True
+    plots.save(tmp_path / "confusion.png", plots.confusion, torch.tensor([1]), torch.tensor([1]))
+    assert (tmp_path / "confusion.png").exists() and matplotlib.rcParams["text.usetex"] is True
 
 
 def test_pictures_are_drawn_small(call, fit, small_data, tmp_path):

@@ -18,19 +18,20 @@ from tqdm import tqdm
 import datafile
 import models
 import train
-from conftest import BLOCK, ONE_THREAD, ROOT, TEST_LINE, same, saved_states, write_idx
+from conftest import BLOCK, ONE_THREAD, RAW_DIR, ROOT, TEST_LINE, same, saved_states, write_idx
 from support import checkpoint, devices
 from support.augmentation import augment
 
 
 @pytest.mark.parametrize("name", train.RECIPES)
-def test_a_small_run_prints_learns_and_saves_a_plain_state_dict(name, fit, tmp_path):
+def test_a_small_run_prints_learns_and_saves_a_plain_state_dict(name, fit, small_data, tmp_path):
     output = fit("--model", name, "--epochs", 3).stdout
     before, *_ = output.split("Epoch: 1/3")
     lr = train.RECIPES[name].lr
-    settings = f"--seed 0 --optimizer adam --lr {lr} --batch-size 128 --augment"
-    versions = f"PyTorch {torch.__version__}, 1 CPU thread"
+    settings = f"--batch-size 128 --optimizer adam --lr {lr} --augment --seed 0"
+    versions = f"PyTorch {torch.__version__}, CPU threads: 1"
     assert "Trainable params" in before and before.startswith(f"{name} on cpu: {settings}\n{versions}\n")
+    assert f"\nData: {small_data / 'MNIST' / 'raw'} (not MNIST)\n" in before
     assert "Images: 1,100 for training, 100 for validation, 1,000 for testing" in before
     blocks = BLOCK.findall(output)
     assert [(epoch, epochs) for epoch, epochs, *_ in blocks] == [("1", "3"), ("2", "3"), ("3", "3")]
@@ -57,6 +58,7 @@ def test_model_3_reaches_98_5_percent_in_one_epoch(call):
 
 def test_model_1_reaches_98_percent_in_its_two_epochs(call):
     output = call("train.py", "--model", "Model_1").stdout
+    assert f"\nData: {RAW_DIR} (MNIST)\n" in output
     assert "Images: 55,000 for training, 5,000 for validation, 10,000 for testing" in output
     assert len(BLOCK.findall(output)) == 2
     assert float(TEST_LINE.search(output)[1]) >= 98.0
@@ -443,7 +445,7 @@ def test_an_epoch_records_the_mean_validation_loss_and_steps_the_scheduler_by_th
     train.run_epoch(state, loaders, augmented=True)
     images, labels = loaders.validation.dataset.tensors
     with torch.no_grad():
-        logits = state.average.eval()(images)
+        logits = state.average_model.eval()(images)
     (metrics,) = state.history
     assert metrics["validation_loss"] == pytest.approx(cross_entropy(logits, labels).item(), rel=1e-4)
     correct = (logits.argmax(1) == labels).float().mean().item()
@@ -502,16 +504,22 @@ def test_resuming_with_another_data_set_is_rejected(fit, small_data, tmp_path):
     [
         (["--lr", "-1"], "argument --lr: must be greater than 0, not -1"),
         (["--epochs", "0"], "argument --epochs: must be between 1 and 1,000,000, not 0"),
-        (
-            ["--device", "gpu"],
-            "argument --device: device 'gpu' is not available: use cpu, cuda, cuda:1, mps, ...",
-        ),
+        (["--data-dir", ""], "argument --data-dir: must not be empty"),
         (["--output-dir", "a_file"], "a_file is not a directory"),
     ],
 )
 def test_a_usage_error_says_what_to_type(arguments, sentence, call, tmp_path):
     (tmp_path / "a_file").touch()
     assert call("train.py", *arguments, check=False).stderr.splitlines()[-1] == f"train.py: error: {sentence}"
+
+
+def test_each_flag_but_those_that_change_no_weights_must_be_the_same_at_resume(state_for):
+    """A new flag is compared unless it is named in `RESUMABLE`."""
+    flags = {
+        f"--{name.replace('_', '-')}" for name in vars(train.parse_args([])) if name not in train.RESUMABLE
+    }
+    compared = {"--model", "--batch-size", "--optimizer", "--lr", "--augment", "--seed"}
+    assert flags == compared and state_for().settings.keys() == compared | {"--data-dir"}
 
 
 @pytest.fixture
@@ -558,10 +566,10 @@ def test_the_seed_determines_the_initialization(state_for):
 def test_the_kept_epoch_is_the_one_tested_and_reported(fit, tmp_path, monkeypatch):
     """Even if it is the first of three."""
     results = []
-    monkeypatch.setattr(checkpoint, "best_epoch", lambda history: 1)
+    monkeypatch.setattr(checkpoint, "epoch_to_keep", lambda history: 1)
     monkeypatch.setattr(train, "print_runs", lambda name, runs: results.extend(runs.values()))
     output = fit("--model", "Model_1", "--epochs", 3, "--runs", 2).stdout
-    images, labels = (tensor[:1_000] for tensor in datafile.get_test_loader().dataset.tensors)
+    images, labels = (tensor[:1_000] for tensor in datafile.get_test_loader()[0].dataset.tensors)
     for seed, line in enumerate(TEST_LINE.findall(output)):
         model = checkpoint.load(tmp_path / f"best_Model_1_seed{seed}.pth")
         accuracy = (model(images).argmax(1) == labels).float().mean().item()
@@ -592,7 +600,7 @@ def test_only_the_first_process_draws_a_bar(epoch, monkeypatch, rank):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
 def test_memory_that_a_step_has_freed_is_reused():
-    code = "import resource, torch, train; train.keep_freed_memory()\n"
+    code = "import resource, torch; from support import devices; devices.keep_freed_memory()\n"
     code += "step = lambda: [torch.ones(1_000_000) for _ in range(10)]\n"
     code += "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
     code += "step(); before = faults(); [len(step()) for _ in range(10)]; print(faults() - before)"

@@ -18,7 +18,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import datafile  # noqa: E402
 from support import checkpoint  # noqa: E402
-from support.digit_image import ImageError, read_digit  # noqa: E402
+from support.handwriting.reading import ImageError, read_digit  # noqa: E402
 
 THREE = [
     [

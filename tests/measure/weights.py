@@ -27,7 +27,7 @@ def main():
         for path in folder.glob(f"last_{name}_seed*.pth"):
             history = checkpoint.read(path)["state"]["history"]
             seed = int(re.search(r"\d+$", path.stem)[0])
-            results.append((history[checkpoint.best_epoch(history) - 1]["validation_accuracy"], -seed))
+            results.append((history[checkpoint.epoch_to_keep(history) - 1]["validation_accuracy"], -seed))
         accuracy, seed = max(results)
         shutil.copy(folder / f"best_{name}_seed{-seed}.pth", ROOT / "models" / "weights" / f"{name}.pth")
         print(f"{name}: seed {-seed}, validation accuracy {accuracy:.2%}")

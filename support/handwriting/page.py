@@ -1,8 +1,6 @@
 """A drawing page with live predictions, served on localhost."""
 
-import contextlib
 import json
-import socket
 import sys
 import threading
 import webbrowser
@@ -10,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from support.digit_image import ImageError
+from support.exits import RunError
 
 PAGE = Path(__file__).with_suffix(".html")
 MAX_BYTES = 1_000_000  # of an image
@@ -19,7 +17,7 @@ HOSTS = "127.0.0.1", "localhost"
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET / returns the page; POST / classifies the image in the body and returns JSON (`server.read`)."""
+    """GET / returns the page; POST / returns JSON, from `server.classify` of the body."""
 
     timeout = 10  # socket timeout, seconds
     error_content_type = "text/plain; charset=utf-8"
@@ -29,8 +27,6 @@ class Handler(BaseHTTPRequestHandler):
         if self.check_request():
             self.answer("text/html; charset=utf-8", PAGE.read_bytes())
 
-    do_HEAD = do_GET
-
     def do_POST(self):
         if not self.check_request():
             return
@@ -39,8 +35,8 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(413, explain=f"Content-Length must be given and at most {MAX_BYTES:,} bytes")
             return
         try:
-            answer = self.server.read(self.rfile.read(int(length)))
-        except ImageError as error:
+            answer = self.server.classify(self.rfile.read(int(length)))
+        except RunError as error:
             self.send_error(422, explain=str(error))
             return
         self.answer("application/json", json.dumps(answer).encode())
@@ -66,16 +62,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def finish(self):
-        """Drains the request body: closing the socket early could reset the connection before the answer."""
-        with contextlib.suppress(OSError):  # the client has disconnected
-            self.connection.shutdown(socket.SHUT_WR)
-            while self.rfile.read1(65536):
-                pass
-        super().finish()
+        self.wfile.write(content)
 
     def log_message(self, *arguments):
         """Disables request logging."""
@@ -87,23 +74,23 @@ class Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def make_server(read):
+def make_server(classify):
     """Returns a server on 127.0.0.1 that is not yet serving.
 
     Args:
-        read: function of the bytes of an image; returns an object for `json.dumps`, or raises ImageError.
+        classify: function of the bytes of an image; returns an object for `json.dumps`, or raises RunError.
     """
     try:
         server = Server((HOSTS[0], PORT), Handler)
     except OSError:
         server = Server((HOSTS[0], 0), Handler)
-    server.read = read
+    server.classify = classify
     return server
 
 
-def serve(read):
-    """Serves the page until Ctrl-C, and opens it if there is a browser; `read` as for `make_server`."""
-    with make_server(read) as server:
+def serve(classify):
+    """Serves the page until Ctrl-C, and opens it if there is a browser; `classify` as for `make_server`."""
+    with make_server(classify) as server:
         address = f"http://{HOSTS[0]}:{server.server_port}/"
         print(f"Draw a digit on {address} (Ctrl-C to stop)")
         # In a thread: a browser in the terminal would otherwise wait for the server, and the server for it.

@@ -14,7 +14,8 @@ from PIL.TiffImagePlugin import IFDRational
 
 import datafile
 from conftest import RAW_DIR, ROOT, WEIGHTS, seven
-from support import checkpoint, digit_image, files
+from support import checkpoint
+from support.handwriting import reading
 
 needs_fonts = pytest.mark.skipif(
     not all((fonts.FONT_FOLDER / font).exists() for font in fonts.FONTS),
@@ -45,7 +46,7 @@ def test_a_drawing_is_converted_to_mnists_format(tmp_path):
         "sixteen_bits.png": seven(1500, mode="I").point(lambda value: value * 200 + 1000).convert("I;16"),
     }.items():
         picture.save(tmp_path / name)
-        image = digit_image.read_digit(tmp_path / name)
+        image = reading.read_digit(tmp_path / name)
         assert image.shape == (28, 28) and image.dtype == torch.uint8 and image.max() == 255, name
         ink = image.float()
         rows, columns = (ink.sum(dimension).nonzero() for dimension in (1, 0))
@@ -67,8 +68,8 @@ def test_a_picture_without_a_digit_is_empty(tmp_path):
         Image.linear_gradient("L"),
     ]:
         picture.save(tmp_path / "nothing.tif")
-        with pytest.raises(digit_image.ImageError, match="is empty"):
-            digit_image.read_digit(tmp_path / "nothing.tif")
+        with pytest.raises(reading.ImageError, match="is empty"):
+            reading.read_digit(tmp_path / "nothing.tif")
 
 
 def test_transparent_pixels_are_background(tmp_path):
@@ -77,7 +78,7 @@ def test_transparent_pixels_are_background(tmp_path):
         picture = Image.new("RGBA", (200, 200), color)
         picture.putalpha(seven(ink=255, paper=0))
         picture.save(tmp_path / f"{name}.png")
-        image = digit_image.read_digit(tmp_path / f"{name}.png").int()
+        image = reading.read_digit(tmp_path / f"{name}.png").int()
         expected = image if expected is None else expected
         assert (image - expected).abs().max() <= 8, name
 
@@ -89,7 +90,7 @@ def test_a_rotated_photo_is_turned_upright(tmp_path):
     orientation = Image.Exif()
     orientation[0x0112] = 6  # to be shown rotated clockwise
     turned.save(tmp_path / "turned.png", exif=orientation)
-    images = [digit_image.read_digit(tmp_path / name).int() for name in ("upright.png", "turned.png")]
+    images = [reading.read_digit(tmp_path / name).int() for name in ("upright.png", "turned.png")]
     assert (images[0] - images[1]).abs().max() <= 16
 
 
@@ -99,7 +100,7 @@ def test_a_stain_beside_the_digit_changes_nothing(tmp_path):
     images = []
     for picture in clean, stained:
         picture.save(tmp_path / "seven.png")
-        images.append(digit_image.read_digit(tmp_path / "seven.png").int())
+        images.append(reading.read_digit(tmp_path / "seven.png").int())
     assert (images[0] - images[1]).abs().max() <= 16
 
 
@@ -110,7 +111,7 @@ def test_a_small_digit_on_a_large_page_is_read_at_full_resolution(tmp_path):
     images = []
     for picture in page, seven(112):
         picture.save(tmp_path / "seven.png")
-        images.append(digit_image.read_digit(tmp_path / "seven.png").float() / 255)
+        images.append(reading.read_digit(tmp_path / "seven.png").float() / 255)
     assert (images[0] - images[1]).abs().mean() < 0.01
 
 
@@ -126,7 +127,7 @@ def huge_png(width, height):
 
 
 def test_a_picture_whose_metadata_cannot_be_read_is_read(tmp_path):
-    expected = digit_image.read_digit(seven(mode="RGB"))
+    expected = reading.read_digit(seven(mode="RGB"))
     info = PngImagePlugin.PngInfo()
     info.add_text("comment", "x" * 2_000_000, zip=True)
     seven(mode="RGB").save(tmp_path / "comment.png", pnginfo=info)
@@ -137,15 +138,15 @@ def test_a_picture_whose_metadata_cannot_be_read_is_read(tmp_path):
     for name in "comment.png", "exif.png", "rational.png":
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert torch.equal(digit_image.read_digit(tmp_path / name), expected), name
+            assert torch.equal(reading.read_digit(tmp_path / name), expected), name
 
 
 def test_sixteen_bits_are_read_in_both_byte_orders(tmp_path):
-    expected = digit_image.read_digit(seven())
+    expected = reading.read_digit(seven())
     values = torch.tensor(list(seven().tobytes())).view(200, 200) * 200 + 1000
     for mode, order in ("I;16", "<u2"), ("I;16B", ">u2"):
         Image.frombytes(mode, (200, 200), values.numpy().astype(order).tobytes()).save(tmp_path / "deep.tif")
-        assert (digit_image.read_digit(tmp_path / "deep.tif").int() - expected.int()).abs().max() <= 2
+        assert (reading.read_digit(tmp_path / "deep.tif").int() - expected.int()).abs().max() <= 2
 
 
 @pytest.mark.filterwarnings("ignore:Image size")
@@ -153,17 +154,17 @@ def test_a_photo_of_90_megapixels_is_decoded_at_a_fraction_of_its_size(tmp_path)
     photo = Image.new("L", (10_000, 9_000), 255)
     photo.paste(seven(4_000), (3_000, 2_500))
     photo.save(tmp_path / "photo.jpg")
-    expected = digit_image.read_digit(seven(400)).float()
-    assert (digit_image.read_digit(tmp_path / "photo.jpg").float() - expected).abs().mean() < 10
+    expected = reading.read_digit(seven(400)).float()
+    assert (reading.read_digit(tmp_path / "photo.jpg").float() - expected).abs().mean() < 10
 
 
 def test_a_path_a_file_and_an_image_give_the_same(tmp_path):
     seven().save(tmp_path / "seven.png")
-    expected = digit_image.read_digit(tmp_path / "seven.png")
-    assert torch.equal(digit_image.read_digit(str(tmp_path / "seven.png")), expected)
-    assert torch.equal(digit_image.read_digit(io.BytesIO((tmp_path / "seven.png").read_bytes())), expected)
+    expected = reading.read_digit(tmp_path / "seven.png")
+    assert torch.equal(reading.read_digit(str(tmp_path / "seven.png")), expected)
+    assert torch.equal(reading.read_digit(io.BytesIO((tmp_path / "seven.png").read_bytes())), expected)
     image = seven()
-    assert torch.equal(digit_image.read_digit(image), expected) and image.size == (200, 200)
+    assert torch.equal(reading.read_digit(image), expected) and image.size == (200, 200)
 
 
 @pytest.mark.parametrize("kind", handwriting.KINDS[:-4], ids=lambda kind: kind.__name__)
@@ -177,12 +178,12 @@ def test_digits_that_are_hard_to_separate_from_their_background_are_read(kind):
 
 
 @pytest.mark.parametrize("number, gap", [(1, 0), (2, 40), (3, 30), (4, 25)])
-def test_several_digits_get_a_remark_and_one_digit_none(number, gap):
+def test_several_digits_get_a_warning_and_one_digit_none(number, gap):
     page = Image.new("L", (number * (60 + gap) + 100, 200), 255)
     for index in range(number):
         page.paste(seven(100).crop((20, 20, 80, 80)), (50 + index * (60 + gap), 70))
-    remark = f"this looks like {number} digits, not one" if number > 1 else ""
-    assert digit_image.read_digit_and_remark(page)[1] == remark
+    warning = f"this looks like {number} digits, not one" if number > 1 else ""
+    assert reading.read_digit_and_warning(page)[1] == warning
 
 
 def test_a_digit_in_two_parts_is_one_digit_and_a_spot_or_a_line_may_be_none():
@@ -192,23 +193,23 @@ def test_a_digit_in_two_parts_is_one_digit_and_a_spot_or_a_line_may_be_none():
         [(108, 42), (140, 60), (150, 100), (140, 140), (108, 158)],
     ]
     for strokes in five, broken_zero:
-        assert digit_image.read_digit_and_remark(handwriting.draw((200, 200), strokes, 8))[1] == ""
+        assert reading.read_digit_and_warning(handwriting.draw((200, 200), strokes, 8))[1] == ""
     for strokes in [[(100, 100), (101, 101)]], [[(20, 100), (180, 104)]]:
         assert (
-            digit_image.read_digit_and_remark(handwriting.draw((200, 200), strokes, 14))[1]
+            reading.read_digit_and_warning(handwriting.draw((200, 200), strokes, 14))[1]
             == "this may not be a digit"
         )
 
 
-def test_at_most_one_in_500_digits_of_mnist_gets_a_remark(mnist):
+def test_at_most_one_in_500_digits_of_mnist_gets_a_warning(mnist):
     images = datafile.read_split(RAW_DIR, "train")[0][:1_000, None].float() / 255
     large = torch.nn.functional.interpolate(images, scale_factor=4, mode="bilinear")
-    assert sum(bool(digit_image.remark_on(image[0])) for image in large) <= 2
+    assert sum(bool(reading.warning_on(image[0])) for image in large) <= 2
 
 
 def difference(one, other):
     """The mean difference of two images of digits, as a fraction of the ink of the first."""
-    one, other = digit_image.read_digit(one).float(), digit_image.read_digit(other).float()
+    one, other = reading.read_digit(one).float(), reading.read_digit(other).float()
     return float((one - other).abs().sum() / one.sum())
 
 
@@ -246,12 +247,12 @@ def test_the_fallback_finds_dark_and_light_ink_and_ink_in_a_shadow_counts_as_muc
     page = torch.full((100, 300), 200.0)
     page[:, 150:] = 120  # a shadow
     page[20:80, [40, 41, 42, 250, 251, 252]] *= 0.5
-    difference, _, _ = digit_image.subtract_closing(page.clone(), 1)
+    difference, _, _ = reading.subtract_closing(page.clone(), 1)
     assert float(difference[30:70, 251].mean() / difference[30:70, 41].mean()) > 0.85
     page[:] = 200
     page[20:80, 140:160] = 50
-    assert digit_image.subtract_closing(page.clone(), None)[2] == 1
-    assert digit_image.subtract_closing(255 - page, None)[2] == -1
+    assert reading.subtract_closing(page.clone(), None)[2] == 1
+    assert reading.subtract_closing(255 - page, None)[2] == -1
 
 
 def test_bars_from_edge_to_edge_are_strokes_if_they_are_as_thick_as_the_pen_or_alone():
@@ -261,58 +262,56 @@ def test_bars_from_edge_to_edge_are_strokes_if_they_are_as_thick_as_the_pen_or_a
     thin_base = handwriting.draw((280, 280), [[(80, 80), (140, 30), (200, 90), (90, 230)]], 20)
     ImageDraw.Draw(thin_base).line([(0, 236), (279, 236)], fill=0, width=7)
     for page, places in (two, (0, -1)), (thin_base, (-1,)):
-        image = digit_image.read_digit(page).float() / 255
+        image = reading.read_digit(page).float() / 255
         rows = image[image.sum(1) > 0].sum(1)
         assert all(rows[place] > 7 for place in places)
 
 
 def test_a_detached_bar_of_a_quarter_of_the_ink_is_kept():
     body, bar = [(60, 80), (60, 110), (100, 110), (120, 140), (100, 170), (60, 170)], [(60, 56), (118, 56)]
-    image = digit_image.read_digit(handwriting.draw((200, 200), [body, bar], 8)).float() / 255
+    image = reading.read_digit(handwriting.draw((200, 200), [body, bar], 8)).float() / 255
     top = int(image.sum(1).nonzero()[0])
     assert image[top : top + 2].sum() > 6
 
 
-def test_two_digits_that_stand_close_get_the_remark():
+def test_two_digits_that_stand_close_get_the_warning():
     wide = Image.new("L", (240, 200), 255)
     for left in 20, 120:
         wide.paste(seven().crop((45, 40, 155, 165)), (left, 40))
     narrow = handwriting.draw((200, 200), [[(80, 40), (80, 160)], [(115, 40), (115, 160)]], 8)
     for page in wide, narrow:
-        assert digit_image.read_digit_and_remark(page)[1] == "this looks like 2 digits, not one"
+        assert reading.read_digit_and_warning(page)[1] == "this looks like 2 digits, not one"
 
 
 def test_a_stroke_that_runs_off_the_image_is_kept():
     four = [[(60, 30), (50, 110), (120, 110)], [(145, 40), (145, 199)]]  # two strokes apart, one to the edge
-    image = digit_image.read_digit(handwriting.draw((200, 200), four, 10)).float() / 255
+    image = reading.read_digit(handwriting.draw((200, 200), four, 10)).float() / 255
     assert image[:, image.sum(0).nonzero()[-2:]].sum() > 10  # the stem, on the right
 
 
 def test_a_stroke_along_the_edge_of_the_image_is_kept():
     five = [[(60, 82), (60, 110), (100, 110), (120, 140), (100, 170), (60, 170)], [(60, 56), (130, 56)]]
     page = handwriting.draw((200, 200), five, 8)
-    expected, image = (digit_image.read_digit(page.crop((0, top, 200, 200))) for top in (0, 54))
+    expected, image = (reading.read_digit(page.crop((0, top, 200, 200))) for top in (0, 54))
     assert (expected.float() - image.float()).abs().mean() < 10
 
 
-def test_an_image_of_any_size_is_read_or_raises_drawing_error():
+def test_an_image_of_any_size_is_read_or_raises_an_image_error():
     generator = random.Random(0)
     for _ in range(75):
         size = generator.choice([1, 2, 3, 5, 11, 40]), generator.choice([1, 2, 4, 7, 28, 300])
         image = Image.new("L", size, generator.randint(0, 255))
         points = [(generator.randint(0, size[0]), generator.randint(0, size[1])) for _ in range(3)]
         ImageDraw.Draw(image).line(points, fill=generator.randint(0, 255), width=1 + min(size) // 3)
-        with contextlib.suppress(digit_image.ImageError):
-            assert digit_image.read_digit(image).max() == 255
+        with contextlib.suppress(reading.ImageError):
+            assert reading.read_digit(image).max() == 255
 
 
 def test_pillows_limit_may_be_off_and_no_setting_of_pythons_warnings_is_touched(tmp_path, monkeypatch):
     seven().save(tmp_path / "seven.png")
-    expected, filters = digit_image.read_digit(tmp_path / "seven.png"), list(warnings.filters)
+    expected, filters = reading.read_digit(tmp_path / "seven.png"), list(warnings.filters)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    assert (
-        torch.equal(digit_image.read_digit(tmp_path / "seven.png"), expected) and warnings.filters == filters
-    )
+    assert torch.equal(reading.read_digit(tmp_path / "seven.png"), expected) and warnings.filters == filters
 
 
 def test_images_are_found_in_directories_by_extension(tmp_path):
@@ -329,11 +328,11 @@ def test_images_are_found_in_directories_by_extension(tmp_path):
         (tmp_path / "photos" / name).touch()
     (tmp_path / "photos" / "folder.png").mkdir()
     (tmp_path / "alone.pdf").touch()
-    images, others = files.find_images([tmp_path / "alone.pdf", tmp_path / "photos"])
-    assert [path.name for path in images] == ["alone.pdf", "c.tiff", "a sêven.jpg", "b.PNG"]
+    images, others, _ = reading.find_images([tmp_path / "alone.pdf", tmp_path / "photos"])
+    assert [path.name for path in images] == ["alone.pdf", "a sêven.jpg", "b.PNG", "c.tiff"]
     assert [path.name for path in others] == ["IMG_1.HEIC", "notes.pdf"]
     (tmp_path / "empty").mkdir()
-    assert files.find_images([tmp_path / "empty", tmp_path / "p*" / "*" / "deep"]) == ([images[1]], [])
+    assert reading.find_images([tmp_path / "empty", tmp_path / "p*" / "*" / "deep"]) == ([images[3]], [], [])
 
 
 @pytest.mark.filterwarnings("ignore:Image size")
@@ -357,6 +356,6 @@ def test_files_that_cannot_be_read_are_errors_that_name_them(tmp_path):
         ("", ": not a regular file"),
         ("notes.txt", "is not an image that can be read"),
     ]:
-        with pytest.raises(digit_image.ImageError) as caught:
-            digit_image.read_digit(tmp_path / name)
+        with pytest.raises(reading.ImageError) as caught:
+            reading.read_digit(tmp_path / name)
         assert str(caught.value).startswith(str(tmp_path / name)) and reason in str(caught.value)

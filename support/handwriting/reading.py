@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -9,9 +10,11 @@ from PIL import Image, ImageOps, ImageStat, PngImagePlugin  # Pillow comes with 
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d, pad
 from torchvision.transforms.functional import pil_to_tensor
 
-from support.process import RunError
+from support.exits import RunError
+from support.files import expand
 
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # long comments are allowed
+SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 MAX_AREA = 1024 * 1024  # pixels of an image in memory
 PEN = 0.04  # the width to which thinner strokes are widened, as a share of the digit's size
 SIDE = 128  # the background is subtracted in an image of about SIDE x SIDE pixels
@@ -19,6 +22,27 @@ SIDE = 128  # the background is subtracted in an image of about SIDE x SIDE pixe
 
 class ImageError(RunError):
     """A file is not an image that can be read, or contains no digit."""
+
+
+def find_images(paths):
+    """Returns the paths of images, the paths of other files in the directories, and what could not be read.
+
+    Directories are replaced by the image files in them and in their subdirectories, by extension; hidden
+    files are excluded. What could not be read is a list of OSErrors, one for each directory.
+    """
+    images, others, errors = [], [], []
+    for path in expand(paths):
+        if not path.is_dir():
+            images.append(path)
+            continue
+        for folder, folders, names in os.walk(path, onerror=errors.append):
+            folders[:] = sorted(name for name in folders if name[0] != ".")
+            for name in sorted(names):
+                file = Path(folder, name)
+                if name[0] != "." and file.is_file():
+                    kind = images if file.suffix.lower() in SUFFIXES else others
+                    kind.append(file)
+    return images, others, errors
 
 
 def read_digit(source):
@@ -39,12 +63,12 @@ def read_digit(source):
         ImageError: the file does not exist, is not an image, is too large, or contains no ink.
         OSError: the file cannot be read.
     """
-    return read_digit_and_remark(source)[0]
+    return read_digit_and_warning(source)[0]
 
 
-def read_digit_and_remark(source):
-    """Returns the result of `read_digit`, and a remark if it may not be a single digit, else ""."""
-    name = source if isinstance(source, str | Path) else "the drawing"
+def read_digit_and_warning(source):
+    """Returns the result of `read_digit`, and a warning if it may not be a single digit, else ""."""
+    name = source if isinstance(source, str | Path) else "the image"
     image, pages = open_image(source, name)
     picture = to_grayscale(image)
     for subtract in subtract_surface, subtract_closing:
@@ -65,12 +89,12 @@ def read_digit_and_remark(source):
         near = max_pool2d(ink[None, None, top:bottom, left:right], 9, 1, 4)
         closer = closer * (interpolate(near, closer.shape, mode="bilinear")[0, 0] > 0.1)
     digit = center(closer if closer is not None and (closer > 0.3).any() else ink)
-    remarks = [remark_on(ink), f"only the first of {pages} pages was read" * (pages > 1)]
-    return digit, "; ".join(filter(None, remarks))
+    warnings = [warning_on(ink), f"only the first of {pages} pages was read" * (pages > 1)]
+    return digit, "; ".join(filter(None, warnings))
 
 
-def remark_on(ink):
-    """Returns a remark if ink, float32 (H, W), does not look like a single digit, else ""."""
+def warning_on(ink):
+    """Returns a warning if ink, float32 (H, W), does not look like a single digit, else ""."""
     top, left, bottom, right = bounding_box(ink, margin=0)
     labels = label_components(ink > 0.3)
     boxes = [bounding_box((labels == label).float(), margin=0) for label in labels.unique()[1:]]
