@@ -236,13 +236,15 @@ def normalize(images):
     return images.unsqueeze(1).to(torch.float32, copy=True).div_(255).sub_(MEAN).div_(STD)
 
 
-def split(labels, fold, generator):
-    """Splits the training images into a training and a validation set: see `get_loaders`.
+def split(labels, fold):
+    """Splits the training images into a training and a validation set, the same for every seed.
+
+    See `get_loaders`.
 
     Returns:
         Indices of both sets, int64: shuffled, or, with `fold`, sorted by digit and shuffled within each.
     """
-    order = torch.randperm(len(labels), generator=generator)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     if not fold:
         n = len(order) - len(order) // 12
         return order[:n], order[n:]
@@ -278,12 +280,12 @@ def get_loaders(batch_size=128, seed=0, device="cpu", data_dir=DATA_DIR, fold=No
 
     Args:
         batch_size: training batch size, at least 1.
-        seed: an int; determines the validation set, the order of the training images and the upstrokes.
+        seed: an int; determines the order of the training images and the upstrokes.
         device: a `torch.device` or its name.
         data_dir: directory that contains MNIST/raw, or the files themselves: see `find_raw_dir`.
-        fold: for cross-validation, a pair (k, K) with k from 1 to K: the seed determines K stratified
-            folds, and fold k is the validation set.
-        upstrokes: draw an upstroke on 10% of the training 1s (`add_upstrokes`), the same in each epoch. Only
+        fold: for cross-validation, a pair (k, K) with k from 1 to K: fold k of K stratified folds is the
+            validation set.
+        upstrokes: draw an upstroke on 15% of the training 1s (`add_upstrokes`), the same in each epoch. Only
             if the training set is MNIST's: in other data sets, label 1 need not be the digit 1.
 
     Raises:
@@ -294,8 +296,7 @@ def get_loaders(batch_size=128, seed=0, device="cpu", data_dir=DATA_DIR, fold=No
     raw_dir = find_raw_dir(data_dir)
     images, labels = read_split(raw_dir, "train")
     digest = get_digest(images, labels)
-    generator = torch.Generator().manual_seed(seed)
-    training, validation = split(labels, fold, generator)
+    training, validation = split(labels, fold)
     if not (len(training) and len(validation)):
         held_out = f"fold {fold[0]} of {fold[1]}" if fold else "one twelfth for validation"
         sizes = f"{len(training):,} for training and {len(validation):,} for validation"
@@ -303,10 +304,11 @@ def get_loaders(batch_size=128, seed=0, device="cpu", data_dir=DATA_DIR, fold=No
     if upstrokes and digest == TRAINING_DIGEST:
         ones = training[labels[training] == 1]
         ones = ones[: round(UPSTROKES * len(ones))]  # the 1s are in random order (with folds, too)
-        images[ones] = add_upstrokes(images[ones], generator)
+        images[ones] = add_upstrokes(images[ones], torch.Generator().manual_seed(seed))
 
     # batch_size=None disables automatic batching: each index tensor is a whole batch.
     training_set = BatchDataset(normalize(images[training].to(device)), labels[training].to(device))
+    generator = torch.Generator().manual_seed(seed)
     shuffled = ShuffledBatchSampler(len(training), batch_size, generator, device)
     test_images, test_labels = read_split(raw_dir, "t10k")
     return Loaders(

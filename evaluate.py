@@ -11,7 +11,6 @@ An ensemble predicts the mean of its models' softmax outputs.
 from support import startup  # noqa: F401  # isort: skip  # before PyTorch is imported
 
 import argparse
-import io
 import statistics
 import sys
 import time
@@ -85,8 +84,8 @@ def classify(models, digit, device):
 def serve_page(models, args):
     """Serves a drawing page and classifies what is drawn on it."""
 
-    def classify_drawing(content):
-        digit, warning = read_digit_and_warning(io.BytesIO(content))
+    def classify_drawing(image):
+        digit, warning = read_digit_and_warning(image)
         probabilities = classify(models, digit, args.device).tolist()
         return {"probabilities": probabilities, "image": digit.flatten().tolist(), "warning": warning}
 

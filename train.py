@@ -12,6 +12,7 @@ from support import startup  # noqa: F401  # isort: skip  # before PyTorch is im
 
 import argparse
 import contextlib
+import io
 import sys
 import time
 from functools import partial
@@ -52,7 +53,6 @@ OPTIMIZERS = {  # name: (class, factor on the recipe's learning rate)
     "radam": (optim.RAdam, 1),
     "sgd": (partial(optim.SGD, momentum=0.9, nesterov=True, fused=True), 5),
 }
-WARM_UP = 100  # length of the linear warm-up in steps, at most one epoch
 AVERAGED = 9  # the weight average covers roughly the last 1/AVERAGED of the steps
 PLATEAU = {"mode": "max", "factor": 0.1, "patience": 3}  # of ReduceLROnPlateau, on validation accuracy
 # The flags that may differ when a run is resumed; all others must be the same.
@@ -87,9 +87,6 @@ def train_epoch(model, average_model, loader, optimizer, epoch, augmented=True):
     show_bar = distributed.RANK == 0 and sys.stderr is not None and sys.stderr.isatty()
     with tqdm(loader, f"Epoch {epoch}", disable=not show_bar, **BAR) as bar:
         for step, (images, labels) in enumerate(bar, 1):
-            if epoch == 1:
-                warm_up = min(WARM_UP, len(loader))
-                optimizer.param_groups[0]["lr"] = lr * min(1, step / warm_up)
             if step == 4 and images.is_cuda:  # by now, cuDNN has chosen its kernels; captured once an epoch
                 compute_gradients = devices.capture(compute_gradients, images, labels)
             logits, loss = compute_gradients(images, labels)
@@ -118,14 +115,16 @@ def floating_point_tensors(model):
 
 
 def update_average(average, current, fraction):
-    """Updates the average in place: `average += fraction * (current - average)`, for lists of tensors.
+    """Updates the average in place: `(1 - fraction) * average + fraction * current`, for lists of tensors.
 
     With fraction = 9 / (9 + t) at step t, this is polynomial-decay averaging (eta = 8) that counts the
     initial weights as the first iterate: roughly the mean of the last ninth of the steps. O. Shamir,
     T. Zhang, "Stochastic gradient descent for non-smooth optimization", ICML 2013.
     """
-    # `AveragedModel` of `torch.optim.swa_utils` synchronizes with the device on every call.
-    torch._foreach_lerp_(average, current, fraction)
+    # `AveragedModel` of `torch.optim.swa_utils` synchronizes with the device on every call. `lerp` would turn
+    # infinite values, such as those of a causal mask in a buffer, into NaN.
+    torch._foreach_mul_(average, 1 - fraction)
+    torch._foreach_add_(average, current, alpha=fraction)
 
 
 def get_recipe(name):
@@ -169,8 +168,18 @@ def print_header(name, args, state, loaders, with_summary):
     training, validation, test = (f"{len(loader.dataset):,}" for loader in loaders[:3])
     print(f"Images: {training} for training, {validation} for validation, {test} for testing\n")
     if with_summary:
-        with torch.random.fork_rng(devices=[]):  # torchsummary draws random images
-            summary(MODELS[name]().eval(), (1, 28, 28), device="cpu")
+        print_summary(MODELS[name]().eval())
+
+
+def print_summary(model):
+    """Prints torchsummary's table of layers, if it can show the model, and the number of parameters."""
+    table = io.StringIO()
+    # It draws random images, and fails for some layers, such as LSTMs.
+    with contextlib.redirect_stdout(table), torch.random.fork_rng(devices=[]), contextlib.suppress(Exception):
+        summary(model, (1, 28, 28), device="cpu")
+    layers, *_ = table.getvalue().partition("Total params")  # which counts shared parameters twice
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{layers}Parameters: {parameters:,}\n")
 
 
 def run_epoch(state, loaders, augmented):

@@ -102,7 +102,10 @@ def epoch_to_keep(history):
     Differences up to `TOLERANCE` are noise, and weights that were trained for longer tend to be better.
     """
     accuracies = [epoch["validation_accuracy"] for epoch in history]
-    return max(i for i, value in enumerate(accuracies, 1) if value >= max(accuracies) - TOLERANCE)
+    lowest = (
+        max(accuracies) - TOLERANCE - 1e-9
+    )  # a difference of exactly `TOLERANCE` counts in spite of rounding
+    return max(epoch for epoch, accuracy in enumerate(accuracies, 1) if accuracy >= lowest)
 
 
 class TrainingState:

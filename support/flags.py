@@ -1,7 +1,6 @@
 """Argument types, and flags as they are typed."""
 
 import argparse
-import math
 import os
 from pathlib import Path
 
@@ -25,9 +24,9 @@ def int_between(lowest, highest):
 
 
 def positive_number(text):
-    """Argument type for finite numbers greater than 0."""
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"must be greater than 0, not {text}")
+    """Argument type for numbers greater than 0 and at most 1,000."""
+    if not 0 < float(text) <= 1_000:
+        raise argparse.ArgumentTypeError(f"must be greater than 0 and at most 1,000, not {text}")
     return float(text)
 
 

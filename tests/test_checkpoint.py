@@ -22,6 +22,7 @@ from conftest import BLOCK, ROOT, TEST_LINE, end, same, saved_states, wait_for
 from support import checkpoint, files
 from support.checkpoint import VERSION, CheckpointError, TrainingState
 from support.exits import RunError
+from support.metrics import accuracy
 
 many = settings(
     max_examples=200,
@@ -320,6 +321,27 @@ def test_on_windows_a_file_that_another_process_has_open_is_replaced_when_it_is_
 def test_the_latest_epoch_within_a_tenth_of_a_point_of_the_highest_is_kept(accuracies, best):
     history = [{"validation_accuracy": accuracy} for accuracy in accuracies]
     assert checkpoint.epoch_to_keep(history) == best
+
+
+def test_five_of_5000_images_are_a_tenth_of_a_point_and_six_are_more():
+    labels = torch.zeros(5_000, dtype=torch.int64)
+    accuracies = []
+    for wrong in range(300):
+        scores = torch.eye(10)[(torch.arange(5_000) < wrong).long()]
+        accuracies.append({"validation_accuracy": accuracy(scores, labels)})
+    for first in range(294):
+        kept = [checkpoint.epoch_to_keep([accuracies[first], accuracies[first + n]]) for n in (5, 6)]
+        assert kept == [2, 1]
+
+
+def test_the_saved_weights_are_those_of_the_epoch_that_is_named(state):
+    """Of accuracies within a tenth of a point, too."""
+    training = new_training(state["settings"])
+    for number, value in enumerate([0.99, 0.995, 0.9941, 0.9939], 1):
+        training.average_model[1].weight.data.fill_(number)
+        training.add_epoch({"validation_accuracy": value})
+        kept = checkpoint.epoch_to_keep(training.history)
+        assert training.best["1.weight"].unique().item() == kept == min(number, 3)
 
 
 def test_old_files_are_kept_under_the_first_free_number(tmp_path, capsys):

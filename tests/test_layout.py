@@ -9,8 +9,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from torch import nn
 
-from conftest import ONE_THREAD, ROOT
+import models
+from conftest import ONE_THREAD, ROOT, seven
 
 ALLOWED = {  # parts of the project that a module may import
     "models": {"models"},
@@ -104,3 +107,47 @@ def test_a_model_is_added_by_a_file_an_import_and_a_recipe(small_data, tmp_path)
     assert "best_Model_4.pth: Model_4, 7,960 parameters\n" in run("evaluate.py", "best_Model_4.pth")
     plots = {path.stem for path in (copy / "plots").iterdir()}
     assert plots == {"curves_Model_4", "confusion", "mistakes"}
+
+
+class Recurrent(nn.Module):
+    """A model that torchsummary cannot show, with a buffer that is not finite and a shared parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm = nn.LSTM(28, 10, batch_first=True)
+        self.register_buffer("mask", torch.full((28, 28), -torch.inf).triu(1))
+        self.out = nn.Linear(10, 10, bias=False)
+        self.again = self.out
+
+    def forward(self, images):
+        rows, _ = self.lstm(images[:, 0])
+        attention = (rows @ rows.mT + self.mask).softmax(2)
+        return self.again(self.out((attention @ rows)[:, -1]))
+
+
+def test_what_pytorch_trains_is_trained_and_its_parameters_are_counted_once(fit, call, monkeypatch, tmp_path):
+    monkeypatch.setitem(models.MODELS, "Recurrent", Recurrent)
+    output = fit("--model", "Recurrent", "--epochs", 2).stdout
+    assert f"\nParameters: {4 * 10 * (28 + 10 + 2) + 100:,}\n" in output and "Test Accuracy" in output
+    state = torch.load(tmp_path / "best_Recurrent.pth", weights_only=True)
+    assert torch.equal(state["mask"], Recurrent().mask)
+    assert (
+        "best_Recurrent.pth: Recurrent, 1,700 parameters" in call("evaluate.py", "best_Recurrent.pth").stdout
+    )
+
+
+def test_weights_whose_logits_are_not_finite_are_an_error(fit, call, monkeypatch, tmp_path):
+    state = models.Model_3().state_dict()
+    state["2.running_var"].fill_(-1)
+    torch.save(state, tmp_path / "negative.pth")
+    seven().save(tmp_path / "seven.png")
+    for arguments in [], ["--images", "seven.png"]:
+        ended = call("evaluate.py", "negative.pth", *arguments, check=False)
+        assert ended.returncode == 1 and "logits are not finite" in ended.stderr and "nan" not in ended.stdout
+    finite = models.Model_1.forward
+    monkeypatch.setattr(
+        models.Model_1, "forward", lambda self, x: finite(self, x) / (1 if self.training else 0)
+    )
+    ended = fit("--model", "Model_1", "--epochs", 1, check=False)
+    sentence = "the model's logits are not finite after epoch 1, at learning rate 0.01: try a lower --lr"
+    assert (ended.returncode, ended.stderr) == (1, f"train.py: error: {sentence}\n")

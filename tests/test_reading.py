@@ -149,6 +149,14 @@ def test_sixteen_bits_are_read_in_both_byte_orders(tmp_path):
         assert (reading.read_digit(tmp_path / "deep.tif").int() - expected.int()).abs().max() <= 2
 
 
+@pytest.mark.parametrize("mark", [float("nan"), float("inf"), -1e30])
+def test_missing_values_of_a_tiff_are_background(tmp_path, mark):
+    values = torch.tensor(list(seven().tobytes())).view(200, 200).float()
+    values[:20] = mark
+    Image.fromarray(values.numpy()).save(tmp_path / "seven.tif")
+    assert torch.equal(reading.read_digit(tmp_path / "seven.tif"), reading.read_digit(seven()))
+
+
 @pytest.mark.filterwarnings("ignore:Image size")
 def test_a_photo_of_90_megapixels_is_decoded_at_a_fraction_of_its_size(tmp_path):
     photo = Image.new("L", (10_000, 9_000), 255)
@@ -168,13 +176,31 @@ def test_a_path_a_file_and_an_image_give_the_same(tmp_path):
 
 
 @pytest.mark.parametrize("kind", handwriting.KINDS[:-4], ids=lambda kind: kind.__name__)
-def test_digits_that_are_hard_to_separate_from_their_background_are_read(kind):
+def test_digits_that_are_hard_to_separate_from_their_background_are_read_or_get_a_warning(kind):
     model = checkpoint.load(ROOT / "models" / "weights" / "Model_3.pth")
-    read, other, empty = handwriting.count(model, list(kind())[::3])
-    known = {"soft_pens": 3, "hard_shadows": 1, "hairlines": 1}.get(
-        kind.__name__, 0
-    )  # in tests/measure/README.md
-    assert empty == 0 and other <= known and read > 0
+    read, warned, other, empty = handwriting.count(model, list(kind())[::2])
+    known = {
+        "soft_pens": 1,
+        "hard_shadows": 1,
+        "straight_stems": 1,
+        "hairlines": 1,
+        "tight_crops": 1,
+    }  # in tests/measure/README.md
+    assert empty == 0 and other <= known.get(kind.__name__, 0)
+    assert read > 0.9 * (read + warned + other) or kind in handwriting.WARNED
+
+
+def test_a_digit_that_is_already_in_mnists_format_comes_out_as_it_is():
+    """Apart from where it is, and from specks beside it: two of 200 training images have some."""
+    images = datafile.read_split(RAW_DIR, "train")[0][:200]
+    changed = 0
+    for image in images:
+        digit = reading.read_digit(Image.fromarray(image.numpy())).float()
+        shifted = [
+            image.float().roll((down, right), (0, 1)) for down in range(-2, 3) for right in range(-2, 3)
+        ]
+        changed += min((digit - other).abs().sum() for other in shifted) > 0.25 * image.float().sum()
+    assert changed <= 2
 
 
 @pytest.mark.parametrize("number, gap", [(1, 0), (2, 40), (3, 30), (4, 25)])
@@ -182,7 +208,7 @@ def test_several_digits_get_a_warning_and_one_digit_none(number, gap):
     page = Image.new("L", (number * (60 + gap) + 100, 200), 255)
     for index in range(number):
         page.paste(seven(100).crop((20, 20, 80, 80)), (50 + index * (60 + gap), 70))
-    warning = f"this looks like {number} digits, not one" if number > 1 else ""
+    warning = "this looks like more than one digit" if number > 1 else ""
     assert reading.read_digit_and_warning(page)[1] == warning
 
 
@@ -204,7 +230,7 @@ def test_a_digit_in_two_parts_is_one_digit_and_a_spot_or_a_line_may_be_none():
 def test_at_most_one_in_500_digits_of_mnist_gets_a_warning(mnist):
     images = datafile.read_split(RAW_DIR, "train")[0][:1_000, None].float() / 255
     large = torch.nn.functional.interpolate(images, scale_factor=4, mode="bilinear")
-    assert sum(bool(reading.warning_on(image[0])) for image in large) <= 2
+    assert sum(bool(reading.largest_group(image[0])[1]) for image in large) <= 2
 
 
 def difference(one, other):
@@ -243,16 +269,23 @@ def test_light_that_falls_off_changes_little():
     assert difference(seven(), ImageChops.multiply(seven(paper=230, ink=60), light)) < 0.5
 
 
-def test_the_fallback_finds_dark_and_light_ink_and_ink_in_a_shadow_counts_as_much():
+def test_the_closing_finds_dark_and_light_ink():
     page = torch.full((100, 300), 200.0)
-    page[:, 150:] = 120  # a shadow
-    page[20:80, [40, 41, 42, 250, 251, 252]] *= 0.5
-    difference, _, _ = reading.subtract_closing(page.clone(), 1)
-    assert float(difference[30:70, 251].mean() / difference[30:70, 41].mean()) > 0.85
-    page[:] = 200
     page[20:80, 140:160] = 50
-    assert reading.subtract_closing(page.clone(), None)[2] == 1
-    assert reading.subtract_closing(255 - page, None)[2] == -1
+    for image, sign in (page, 1), (255 - page, -1):
+        background, _, found = reading.close(image)
+        assert found == sign and (background - image)[50, 150] == sign * 150
+        assert (background - image)[50, 50] == 0
+
+
+def test_black_bars_and_frames_are_cut_off_and_a_digit_that_fills_the_image_is_not():
+    page = seven_on_a_page().crop((50, 0, 350, 400))
+    for box in (0, 0, 40, 400), (260, 0, 300, 400):
+        ImageDraw.Draw(page).rectangle(box, fill=0)
+    assert difference(seven_on_a_page(), page) < 0.1
+    ring = Image.new("L", (100, 100), 255)
+    ImageDraw.Draw(ring).ellipse((0, 0, 99, 99), outline=0, width=20)
+    assert reading.cut_bars(ring).size == (100, 100)
 
 
 def test_bars_from_edge_to_edge_are_strokes_if_they_are_as_thick_as_the_pen_or_alone():
@@ -280,7 +313,7 @@ def test_two_digits_that_stand_close_get_the_warning():
         wide.paste(seven().crop((45, 40, 155, 165)), (left, 40))
     narrow = handwriting.draw((200, 200), [[(80, 40), (80, 160)], [(115, 40), (115, 160)]], 8)
     for page in wide, narrow:
-        assert reading.read_digit_and_warning(page)[1] == "this looks like 2 digits, not one"
+        assert reading.read_digit_and_warning(page)[1] == "this looks like more than one digit"
 
 
 def test_a_stroke_that_runs_off_the_image_is_kept():
@@ -312,6 +345,22 @@ def test_pillows_limit_may_be_off_and_no_setting_of_pythons_warnings_is_touched(
     expected, filters = reading.read_digit(tmp_path / "seven.png"), list(warnings.filters)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
     assert torch.equal(reading.read_digit(tmp_path / "seven.png"), expected) and warnings.filters == filters
+
+
+def test_a_directory_that_cannot_be_read_is_reported(tmp_path, monkeypatch, call):
+    """Simulated: an administrator, as in CI, can read all."""
+    walk = reading.os.walk
+
+    def deny(path, onerror):
+        onerror(PermissionError(13, "Permission denied", str(path / "locked")))
+        return walk(path, onerror=onerror)
+
+    monkeypatch.setattr(reading.os, "walk", deny)
+    (tmp_path / "photos").mkdir()
+    seven().save(tmp_path / "photos" / "seven.png")
+    ended = call("evaluate.py", WEIGHTS / "Model_3.pth", "--images", "photos", check=False)
+    assert ended.returncode == 1 and "7 (" in ended.stdout
+    assert ended.stderr.startswith("evaluate.py: error: [Errno 13] Permission denied: ")
 
 
 def test_images_are_found_in_directories_by_extension(tmp_path):

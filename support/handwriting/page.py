@@ -1,6 +1,7 @@
 """A drawing page with live predictions, served on localhost."""
 
 import json
+import os
 import sys
 import threading
 import webbrowser
@@ -8,16 +9,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from PIL import Image, ImageDraw
+
 from support.exits import RunError
 
 PAGE = Path(__file__).with_suffix(".html")
-MAX_BYTES = 1_000_000  # of an image
+MAX_BYTES = 1_000_000  # of a drawing
 PORT = 8000  # or any free port if it is taken
 HOSTS = "127.0.0.1", "localhost"
 
 
 class Handler(BaseHTTPRequestHandler):
-    """GET / returns the page; POST / returns JSON, from `server.classify` of the body."""
+    """GET / returns the page; POST / returns JSON: `server.classify` of the drawing in the body."""
 
     timeout = 10  # socket timeout, seconds
     error_content_type = "text/plain; charset=utf-8"
@@ -35,7 +38,7 @@ class Handler(BaseHTTPRequestHandler):
             self.send_error(413, explain=f"Content-Length must be given and at most {MAX_BYTES:,} bytes")
             return
         try:
-            answer = self.server.classify(self.rfile.read(int(length)))
+            answer = self.server.classify(draw(self.rfile.read(int(length))))
         except RunError as error:
             self.send_error(422, explain=str(error))
             return
@@ -68,7 +71,36 @@ class Handler(BaseHTTPRequestHandler):
         """Disables request logging."""
 
 
+def draw(content):
+    """Draws strokes with a round pen, as the page does.
+
+    The page sends strokes, as some browsers change the pixels that a page reads from its canvas.
+
+    Args:
+        content: bytes of JSON: a list of strokes, each a list of points [x, y] from 0 to 280.
+
+    Returns:
+        A `PIL.Image` of 280 x 280 pixels, black on white.
+
+    Raises:
+        RunError: the content is not of this form.
+    """
+    image = Image.new("L", (280, 280), 255)
+    pen = ImageDraw.Draw(image)
+    try:
+        for stroke in json.loads(content):
+            points = [(float(x), float(y)) for x, y in stroke]
+            pen.line(points, fill=0, width=20)
+            for x, y in points:
+                pen.ellipse((x - 10, y - 10, x + 10, y + 10), fill=0)
+    except (OverflowError, TypeError, ValueError) as error:
+        raise RunError("the drawing is not a list of strokes") from error
+    return image
+
+
 class Server(ThreadingHTTPServer):
+    allow_reuse_address = os.name != "nt"  # on Windows, a second server would share the port of the first
+
     def handle_error(self, request, client_address):
         if not isinstance(sys.exc_info()[1], OSError):  # the client has disconnected
             super().handle_error(request, client_address)
@@ -78,7 +110,7 @@ def make_server(classify):
     """Returns a server on 127.0.0.1 that is not yet serving.
 
     Args:
-        classify: function of the bytes of an image; returns an object for `json.dumps`, or raises RunError.
+        classify: function of a `PIL.Image`; returns an object for `json.dumps`, or raises RunError.
     """
     try:
         server = Server((HOSTS[0], PORT), Handler)

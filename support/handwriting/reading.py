@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps, ImageStat, PngImagePlugin  # Pillow comes with torchvision
 from torch.nn.functional import avg_pool2d, interpolate, max_pool2d, pad
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from support.exits import RunError
 from support.files import expand
@@ -17,7 +17,8 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # long comments 
 SUFFIXES = {".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 MAX_AREA = 1024 * 1024  # pixels of an image in memory
 PEN = 0.04  # the width to which thinner strokes are widened, as a share of the digit's size
-SIDE = 128  # the background is subtracted in an image of about SIDE x SIDE pixels
+SIDE = 128  # the background is estimated in an image of about SIDE x SIDE pixels
+INK = 0.3  # a pixel with more ink than this belongs to a stroke
 
 
 class ImageError(RunError):
@@ -70,45 +71,202 @@ def read_digit_and_warning(source):
     """Returns the result of `read_digit`, and a warning if it may not be a single digit, else ""."""
     name = source if isinstance(source, str | Path) else "the image"
     image, pages = open_image(source, name)
-    picture = to_grayscale(image)
-    for subtract in subtract_surface, subtract_closing:
-        ink, sign = find_ink(picture, subtract)
-        if ink is not None:
-            break
-    else:
+    picture = cut_bars(to_grayscale(image))
+    scale = SIDE / math.sqrt(math.prod(picture.size))
+    size = [max(1, round(scale * length)) for length in picture.size]
+    gray = to_tensor(picture.resize(size, Image.Resampling.BICUBIC))
+    background, sign, low, full = find_background(gray)
+    if background is None:
         raise ImageError(f"{name} is empty: nothing stands out from the background")
-    lines = find_lines(ink)
-    ink = ink * ~lines
-    # A second, closer look at the part that contains the digit.
-    top, left, bottom, right = bounding_box(ink, margin=4)
-    height, width = ink.shape
-    x0, x1 = left * picture.width // width, -(-right * picture.width // width)
-    y0, y1 = top * picture.height // height, -(-bottom * picture.height // height)
-    closer, _ = find_ink(picture.crop((x0, y0, x1, y1)), subtract, sign)
-    if closer is not None and lines.any():
-        near = max_pool2d(ink[None, None, top:bottom, left:right], 9, 1, 4)
-        closer = closer * (interpolate(near, closer.shape, mode="bilinear")[0, 0] > 0.1)
-    digit = center(closer if closer is not None and (closer > 0.3).any() else ink)
-    warnings = [warning_on(ink), f"only the first of {pages} pages was read" * (pages > 1)]
-    return digit, "; ".join(filter(None, warnings))
+    ink = (sign * (background - gray) - low).div(full - low).clamp(0, 1)
+    unruled = remove_lines(ink) if edge_contacts(ink) > 6 else ink
+    digit, warning = largest_group(unruled)
+    warnings = [warning]
+    if edge_contacts(unruled) > 6:
+        warnings.append("lines or shadows may have been read")
+    if pages > 1:
+        warnings.append(f"only the first of {pages} pages was read")
+    if unruled is ink:
+        digit = look_closer(picture, digit, background, sign, low, full)
+    return center(digit), "; ".join(filter(None, warnings))
 
 
-def warning_on(ink):
-    """Returns a warning if ink, float32 (H, W), does not look like a single digit, else ""."""
-    top, left, bottom, right = bounding_box(ink, margin=0)
-    labels = label_components(ink > 0.3)
-    boxes = [bounding_box((labels == label).float(), margin=0) for label in labels.unique()[1:]]
-    height = max(bottom - top for top, _, bottom, _ in boxes)
-    boxes = [box for box in boxes if box[2] - box[0] > 0.6 * height]
-    gap = (0.12 if right - left < 1.4 * height else 0.02) * height  # parts of one digit are closer
-    digits = []  # groups of boxes
-    for box in boxes:
-        near = [group for group in digits if any(is_near(box, other, gap) for other in group)]
-        digits = [group for group in digits if group not in near] + [sum(near, [box])]
-    if len(digits) > 1:
-        return f"this looks like {len(digits)} digits, not one"
-    is_spot = pen_width(ink) > 0.33 * max(bottom - top, right - left)
-    return "this may not be a digit" if is_spot or right - left > 2.2 * (bottom - top) else ""
+def look_closer(picture, digit, background, sign, low, full):
+    """Returns the ink of the digit, float32 (H, W), in the picture's resolution, up to 256 x 256 pixels."""
+    near = max_pool2d((digit > INK).float()[None, None], 5, 1, 2)
+    top, left, bottom, right = bounding_box(near[0, 0] > 0)
+    horizontal = picture.width / digit.shape[1]
+    vertical = picture.height / digit.shape[0]
+    box = (
+        int(left * horizontal),
+        int(top * vertical),
+        math.ceil(right * horizontal),
+        math.ceil(bottom * vertical),
+    )
+    crop = picture.crop(box)
+    crop.thumbnail((256, 256), Image.Resampling.BOX)
+    gray = to_tensor(crop)
+    background = background[None, None, top:bottom, left:right]
+    near = near[:, :, top:bottom, left:right]
+    background, near = interpolate(torch.cat([background, near]), gray.shape, mode="bilinear")[:, 0]
+    ink = (sign * (background - gray) - low).div(full - low).clamp(0, 1) * (near > 0.1)
+    return ink if (ink > INK).any() else digit
+
+
+def to_tensor(picture):
+    """Returns a grayscale `PIL.Image` as a tensor, float32 (H, W), from 0 to 255."""
+    return pil_to_tensor(picture)[0].float()
+
+
+def cut_bars(picture):
+    """Cuts off edges of a single color if what they enclose begins with another: letterboxes and frames."""
+    small = picture.copy()
+    small.thumbnail((256, 256), Image.Resampling.BOX)
+    gray = to_tensor(small)
+    color = border(gray).median()
+    differs = (gray - color).abs() > 12
+    rows = (differs.float().mean(1) > 0.005).nonzero()
+    columns = (differs.float().mean(0) > 0.005).nonzero()
+    if not len(rows) or not len(columns):
+        return picture
+    top, bottom = int(rows[0]), int(rows[-1]) + 1
+    left, right = int(columns[0]), int(columns[-1]) + 1
+    inside = gray[top:bottom, left:right]
+    is_cut = inside.numel() < gray.numel()
+    if not is_cut or inside.numel() < 0.4 * gray.numel() or (border(inside) - color).abs().quantile(0.1) < 30:
+        return picture
+    scale = picture.width / small.width
+    return cut_bars(picture.crop([round(edge * scale) for edge in (left, top, right, bottom)]))
+
+
+def find_background(gray):
+    """Finds the background of an image, float32 (H, W), by the first of three methods that finds ink.
+
+    Returns:
+        The background, float32 (H, W), or None if nothing stands out from it; 1 if the ink is darker and -1
+        if it is lighter; the differences from the background that count as no ink and as full ink.
+    """
+    for method, contrast in (border_median, 8), (fit_surface, 4), (close, 4):
+        background, noise, sign = method(gray)
+        full = typical_ink((sign * (background - gray)).clamp(min=0))
+        if full >= contrast * noise:
+            low = min(2 * noise, 0.5 * full)
+            return background, sign, low if method is border_median else max(0.2 * full, low), full
+    return None, None, None, None
+
+
+def border_median(gray):
+    """The background of a plain picture; returns it, the scale of its noise in gray levels, and the sign."""
+    edge = border(gray)
+    background = edge.median().expand_as(gray)
+    noise = 1.5 * (edge - edge.median()).abs().median()
+    return background, max(noise, 2), sign_of_ink(background - gray)
+
+
+def fit_surface(gray):
+    """A quadratic surface, robustly fitted, for uneven light; returns the same as `border_median`."""
+    height, width = gray.shape
+    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
+    terms = torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y]).flatten(1)
+    weight = ((x.abs() > 0.9) | (y.abs() > 0.9)).flatten().float()
+    for _ in range(10):  # iteratively reweighted least squares, starting from the edge of the image
+        weighted = weight * terms
+        # Solving the normal equations is much cheaper than least squares over all pixels.
+        surface = torch.linalg.lstsq(weighted @ terms.T, weighted @ gray.reshape(-1, 1)).solution
+        difference = (surface.T @ terms).view_as(gray) - gray
+        noise = 1.5 * difference.flatten()[weight > 0].abs().median().clamp(min=1)
+        weight = 1 / (1 + (difference.flatten() / (2 * noise)) ** 2) ** 2
+    return gray + difference, max(noise, 2), sign_of_ink(difference)
+
+
+def close(gray):
+    """A surface and a morphological closing, for shadows and faint ink; returns the same as `border_median`.
+
+    The closing fills parts that are narrower than a square of 55 pixels.
+    """
+    surface, _, _ = fit_surface(gray)
+    gray = gray - surface
+    low, high = gray.flatten().quantile(torch.tensor([0.02, 0.98]))
+    is_light = (gray > (low + high) / 2).float()
+    corners = is_light[[0, -1]][:, [0, -1]]
+    sign = 1 if border(is_light).mean() + corners.mean() > 1 else -1
+    smooth = sign * avg_pool2d(gray[None, None], 3, 1, 1, count_include_pad=False)
+    height, width = size = [min(55, length) for length in gray.shape]
+    # Dilation, then erosion, with squares inside the image.
+    margins = width - 1, width - 1, height - 1, height - 1
+    closed = -max_pool2d(-pad(max_pool2d(smooth, size, 1), margins, value=torch.inf), size, 1)[0, 0]
+    noise = 1.5 * (sign * gray - smooth[0, 0]).abs().median()
+    return surface + sign * closed, max(noise, 0.6), sign
+
+
+def sign_of_ink(difference):
+    """Returns 1 if the larger differences from the background are those of darker pixels, else -1."""
+    return 1 if (difference**3).sum() >= 0 else -1
+
+
+def typical_ink(difference):
+    """Returns the median of what Otsu's threshold separates from the background.
+
+    If something is three times as strong, what was separated is taken for an uneven background, and the
+    threshold is applied to it again.
+    """
+    above = difference.flatten()
+    while True:
+        above = above[above > otsu_threshold(above)]
+        if not len(above):
+            return torch.tensor(0.0)
+        if len(above) < 30 or above.max() < 3 * above.median():
+            return above.median()
+
+
+def edge_contacts(ink):
+    """Returns how often strokes touch the edge of ink (H, W): each line of ruled paper does so twice."""
+    mask = ink > INK
+    around = torch.cat([mask[0], mask[1:, -1], mask[-1, :-1].flip(0), mask[1:-1, 0].flip(0)])
+    return int((around & ~around.roll(1)).sum())
+
+
+def remove_lines(ink):
+    """Removes straight lines of 81 pixels and more from ink (H, W), except where they cross strokes."""
+    rest = ink[None, None]
+    for size, padding in ((1, 81), (0, 40)), ((81, 1), (40, 0)):
+        lines = max_pool2d(-max_pool2d(-ink[None, None], size, 1, padding), size, 1, padding)
+        rest = rest * (max_pool2d(lines, 3, 1, 1) < INK)
+    rest = -max_pool2d(-max_pool2d(rest, 7, 1, 3), 7, 1, 3)[0, 0].minimum(ink)
+    return rest if (rest > INK).any() else ink
+
+
+def largest_group(ink):
+    """Returns the ink (H, W) of the largest component and those near it, and a warning or ""."""
+    labels = label_components(ink > INK)
+    sums = torch.zeros(ink.numel() + 1).index_add_(0, labels.flatten(), ink.flatten())
+    sums[0] = 0  # the background
+    inside = sums.clone()
+    inside[border(labels).bincount(minlength=len(sums)) > min(ink.shape)] = 0  # shadows and frames
+    if inside.max() > 0.1 * sums.max():
+        sums = inside
+    boxes = {}
+    for label in (sums >= sums.max() / 20).nonzero()[:, 0].tolist():
+        boxes[label] = bounding_box(labels == label)
+    largest = int(sums.argmax())
+    group = {largest: boxes.pop(largest)}
+    gap = 0.15 * max(bottom - top for top, _, bottom, _ in [*group.values(), *boxes.values()])
+    while near := [
+        label for label in boxes if any(is_near(boxes[label], box, gap) for box in group.values())
+    ]:
+        for label in near:
+            group[label] = boxes.pop(label)
+    digit = ink * torch.isin(labels, torch.tensor(list(group)))
+    top, left, bottom, right = bounding_box(digit > INK)
+    height, width = bottom - top, right - left
+    for label, box in boxes.items():
+        if box[2] - box[0] > 0.6 * height or sums[label] > 0.25 * sums[largest]:
+            return digit, "this looks like more than one digit"
+    if len(group) > 1 and width > 1.4 * height:
+        return digit, "this looks like more than one digit"
+    if width > 2.2 * height or pen_width(digit) > 0.33 * max(height, width):
+        return digit, "this may not be a digit"
+    return digit, ""
 
 
 def is_near(box, other, gap):
@@ -118,7 +276,7 @@ def is_near(box, other, gap):
 
 def center(ink):
     """Scales ink, float32 (H, W), to fit a box of 20 x 20 pixels and centers its centroid; uint8 (28, 28)."""
-    top, left, bottom, right = bounding_box(ink, margin=0)
+    top, left, bottom, right = bounding_box(ink > INK)
     ink = ink[top:bottom, left:right]
     if (missing := PEN * max(ink.shape) - pen_width(ink)) > 0:  # thin strokes would become faint
         size = 1 + 2 * math.ceil(missing / 2)
@@ -156,10 +314,11 @@ def open_image(source, name):
         with contextlib.suppress(Exception):  # corrupt metadata can raise almost anything
             image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # more than 8 bits per pixel
-            image = image.convert(image.mode[0]).convert("F")
-            low, high = image.getextrema()
-            scale = 255 / max(high - low, 1e-9)
-            image = image.point(lambda value: value * scale - low * scale).convert("L")
+            values = pil_to_tensor(image.convert(image.mode[0]).convert("F"))[0]
+            is_valid = values.abs() < 1e9  # neither NaN nor a mark of missing data, which is background
+            values = values.where(is_valid, values[is_valid].median())
+            scaled = (values - values.min()) * (255 / (values.max() - values.min()).clamp(min=1e-9))
+            image = to_pil_image(scaled.round().byte())
         image = image.convert("RGBA")
         image.thumbnail(scaled_size(image))
     except Image.DecompressionBombError as error:
@@ -181,8 +340,8 @@ def scaled_size(image):
 
 def to_grayscale(image):
     """Returns the channel of an RGBA image with the highest contrast: a color or the luminance, mode "L"."""
-    *channels, alpha = image.split()
-    color = Image.merge("RGB", channels)
+    color = image.convert("RGB")
+    alpha = image.getchannel("A")
     if alpha.getextrema()[0] < 255 and (box := alpha.getbbox()):
         # Transparent pixels are background. So is the median color of an opaque part with a second color.
         opaque = ImageStat.Stat(color.convert("L"), mask=alpha)
@@ -192,122 +351,16 @@ def to_grayscale(image):
         else:
             background = 255 if opaque.sum[0] < 128 * opaque.count[0] else 0
         color.paste((background,) * 3, mask=ImageOps.invert(alpha))
-    return max((color.convert("L"), *color.split()), key=lambda channel: ImageStat.Stat(channel).stddev[0])
-
-
-def find_ink(picture, subtract, sign=None):
-    """Separates ink from background.
-
-    Args:
-        picture: a grayscale `PIL.Image`.
-        subtract: `subtract_surface` or `subtract_closing`.
-        sign: 1 if the ink is darker than the background, -1 if it is lighter; by default, and always with
-            `subtract_surface`, it is determined from the image.
-
-    Returns:
-        The ink, float32 (H, W), from 0 for background to 1 for ink, or None if there is none. Frames, shadows
-            and spots much smaller than the digit are left out.
-        The sign of the ink.
-    """
-    scale = SIDE / math.sqrt(math.prod(picture.size))
-    size = [max(1, round(scale * length)) for length in picture.size]
-    gray = pil_to_tensor(picture.resize(size, Image.Resampling.BICUBIC))[0].float()
-    difference, noise, sign = subtract(gray, sign)
-    level = otsu_threshold(difference)
-    full = difference[difference > level].median() if (difference > level).any() else torch.tensor(0.0)
-    if full < 4 * noise:
-        return None, sign
-    low = max(0.2 * full, min(2 * noise, 0.5 * full))
-    ink = ((difference - low) / (full - low)).clamp(0, 1)
-    return ink * large_components(ink), sign
-
-
-def subtract_surface(gray, _):
-    """Subtracts a robustly fitted quadratic surface, the background, from an image (H, W).
-
-    Returns:
-        The absolute difference, 0 for pixels whose difference has the other sign than the ink.
-        The scale of the noise, at least 2 gray levels.
-        The sign of the ink, which is the sign of the larger differences.
-    """
-    height, width = gray.shape
-    y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
-    terms = torch.stack([x**0, x, y, x * x, x * y, y * y]).flatten(1)
-    edge = ((x.abs() > 0.9) | (y.abs() > 0.9)).flatten()
-    weight, surface = edge.float(), torch.full((6, 1), torch.inf)
-    for _ in range(20):  # iteratively reweighted least squares, starting from the edge of the image
-        before = surface
-        weighted = weight * terms
-        # Solving the normal equations is much cheaper than least squares over all pixels.
-        surface = torch.linalg.lstsq(weighted @ terms.T, weighted @ gray.reshape(-1, 1)).solution
-        difference = (surface.T @ terms).view_as(gray) - gray
-        if (surface - before).abs().max() < 0.01:  # of 255 gray levels
-            break
-        noise = 1.5 * difference.flatten()[weight > 0].abs().median().clamp(min=1)
-        weight = 1 / (1 + (difference.flatten() / (2 * noise)) ** 2) ** 2
-    sign = 1 if (difference**3).sum() >= 0 else -1
-    return (sign * difference).clamp(min=0), max(noise, 2), sign
-
-
-def subtract_closing(gray, sign):
-    """Subtracts an image (H, W) from its morphological closing.
-
-    This is the fallback for digits that fill the image, for shadows and for faint ink. Closing fills dark
-    parts that are narrower than a square of 55 pixels. Returns the same as `subtract_surface`, but a noise
-    of at least 0.6 gray levels.
-    """
-    sign = sign or (1 if has_dark_ink(gray) else -1)
-    gray = sign * gray
-    for image in gray, gray.T:  # remove a linear gradient (light from one side)
-        step = max(1, len(image) // 8)
-        if len(image) > step:
-            image -= (image[step:] - image[:-step]).median() / step * torch.arange(len(image))[:, None]
-    smooth = avg_pool2d(gray[None, None], 3, 1, 1, count_include_pad=False)
-    height, width = size = [min(55, length) for length in gray.shape]
-    # Dilation, then erosion, with squares inside the image.
-    lightest = pad(max_pool2d(smooth, size, 1), (width - 1,) * 2 + (height - 1,) * 2, value=torch.inf)
-    closed = -max_pool2d(-lightest, size, 1)[0, 0]
-    difference = closed - gray
-    if sign > 0:  # ink in a shadow is darker in proportion
-        difference = difference * closed.max() / closed.clamp(min=32)
-    noise = 1.5 * (gray - smooth[0, 0]).abs().median()
-    return (difference - difference.quantile(0.1)).clamp(min=0), max(noise, 0.6), sign
+    small = color.resize((64, 64))
+    contrasts = ImageStat.Stat(Image.merge("RGBA", (*small.split(), small.convert("L")))).stddev
+    if contrasts[3] >= max(contrasts[:3]):
+        return color.convert("L")
+    return color.getchannel(contrasts.index(max(contrasts[:3])))
 
 
 def border(values):
     """Returns the outermost pixels of an image (H, W)."""
     return torch.cat([values[[0, -1]].flatten(), values[1:-1, [0, -1]].flatten()])
-
-
-def has_dark_ink(gray):
-    """Returns True if the ink of an image (H, W) is darker than its border and its corners."""
-    low, high = gray.flatten().quantile(torch.tensor([0.02, 0.98]))
-    is_light = (gray > (low + high) / 2).float()
-    corners = is_light[[0, -1]][:, [0, -1]]
-    return bool(border(is_light).mean() + corners.mean() > 1)
-
-
-def find_lines(ink):
-    """Returns the pixels, bool (H, W), of ruled lines, if there are any.
-
-    These are straight lines from edge to edge that are thinner than the pen. At least two are parallel: a
-    single one may be a stroke of a digit that fills the image.
-    """
-    lines = torch.zeros_like(ink, dtype=torch.bool)
-    thickness, parallel = 0, 0
-    for values, found in (ink, lines), (ink.T, lines.T):
-        mask = values > 0.3
-        filled = mask.float().mean(1)
-        nearby = -max_pool2d(-filled[None, None], (1, 9), 1, (0, 4))[0, 0]
-        rows = (filled > 0.85) & (nearby < 0.5) & mask[:, :4].any(1) & mask[:, -4:].any(1)
-        number = int((rows[1:] & ~rows[:-1]).sum() + rows[0])
-        parallel = max(parallel, number)
-        if number:
-            thickness = max(thickness, float(values[rows].mean(1).sum() / number))
-        found |= max_pool2d(rows.float()[None, None], (1, 3), 1, (0, 1))[0, 0, :, None] > 0
-    rest = ink * ~lines
-    is_ruled = parallel > 1 and (rest > 0.3).any() and thickness < pen_width(rest)
-    return lines if is_ruled else torch.zeros_like(lines)
 
 
 def pen_width(ink):
@@ -324,22 +377,6 @@ def otsu_threshold(values):
     lower, total = values.cumsum(0)[:-1], values.sum()
     between = n * (len(values) - n) * (lower / n - (total - lower) / (len(values) - n)) ** 2
     return values[between.argmax()]
-
-
-def large_components(ink):
-    """Returns the pixels, bool (H, W), of the components with at least a tenth of the largest one's ink.
-
-    Components along more than `SIDE` pixels of the image's edge, such as frames and shadows, do not count if
-    another one has a tenth of the largest one's ink.
-    """
-    labels = label_components(ink > 0.3)
-    sums = torch.zeros(ink.numel() + 1).index_add_(0, labels.flatten(), ink.flatten())
-    sums[0] = 0  # the background
-    inside = sums.clone()
-    inside[border(labels).bincount(minlength=len(sums)) > SIDE] = 0
-    if inside.max() > 0.1 * sums.max():
-        sums = inside
-    return (sums >= sums.max() / 10)[labels] & (labels > 0)
 
 
 def label_components(mask):
@@ -359,11 +396,8 @@ def label_components(mask):
     return labels.long().repeat_interleave(2, 0).repeat_interleave(2, 1)[:height, :width] * mask
 
 
-def bounding_box(ink, margin):
-    """Returns the top, left, bottom and right of the ink in pixels, with a margin inside the image."""
-    edges = []
-    for dimension, length in enumerate(ink.shape):
-        found = (ink > 0.3).any(1 - dimension).nonzero()
-        edges.append((max(0, int(found[0]) - margin), min(length, int(found[-1]) + 1 + margin)))
-    (top, bottom), (left, right) = edges
-    return top, left, bottom, right
+def bounding_box(mask):
+    """Returns the top, left, bottom and right of the True pixels of a mask (H, W)."""
+    rows = mask.any(1).nonzero()
+    columns = mask.any(0).nonzero()
+    return int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1

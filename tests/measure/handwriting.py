@@ -2,23 +2,26 @@
 
 python tests/measure/handwriting.py [CHECKPOINT]
 
-Prints a table by kind: how many images are read as the digit that was drawn, as another one, or as empty.
+Prints a table by kind: how many images are read as the digit that was drawn, as another one with a warning or
+without one, or as empty.
 """
 
 import argparse
+import functools
 import itertools
+import math
 import random
 import sys
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import datafile  # noqa: E402
 from support import checkpoint  # noqa: E402
-from support.handwriting.reading import ImageError, read_digit  # noqa: E402
+from support.handwriting.reading import ImageError, read_digit_and_warning  # noqa: E402
 
 THREE = [
     [
@@ -329,33 +332,137 @@ def ones_with_a_base():
     yield from ((image, 1) for image in jittered((28, 28), one, 3, 0.5))
 
 
+def repeated(function, times=30):
+    """Returns a generator function that yields `function(generator)` for 30 seeds, under its name."""
+
+    @functools.wraps(function)
+    def kind():
+        yield from (function(random.Random(seed)) for seed in range(times))
+
+    return kind
+
+
+DIGITS = {  # strokes in a square of 100 x 100
+    1: [[(50, 5), (50, 95)]],
+    2: [curve([(20, 25), (40, 5), (70, 15), (65, 45), (15, 92)]), [(15, 92), (85, 90)]],
+    4: [[(40, 5), (18, 60), (85, 62)], [(66, 30), (62, 98)]],
+    5: [[(75, 6), (30, 8), (27, 45)], curve([(27, 45), (60, 42), (75, 68), (55, 92), (20, 88)])],
+    6: [curve([(65, 5), (35, 35), (25, 70), (45, 94), (70, 80), (62, 58), (28, 66)])],
+    7: [[(20, 10), (78, 10), (42, 95)]],
+    9: [curve([(72, 30), (55, 8), (30, 18), (32, 42), (60, 48), (72, 30)]), [(72, 30), (62, 96)]],
+}
+
+
+def placed(digit, generator, left, top, side):
+    """Returns the strokes of a digit in a square of `side` pixels, each point moved by up to a 50th of it."""
+    points = [moved(stroke, 2, generator) for stroke in DIGITS[digit]]
+    return [[(left + x * side / 100, top + y * side / 100) for x, y in stroke] for stroke in points]
+
+
+@repeated
+def bars(generator):
+    """A 1 that is a plain bar, on 28 x 28 pixels or ten times as large."""
+    scale = generator.choice([1, 10])
+    width, height = generator.randint(3, 5) * scale, generator.randint(14, 27) * scale
+    image = Image.new("L", (28 * scale, 28 * scale), 255)
+    left, top = 12 * scale, 14 * scale - height // 2
+    ImageDraw.Draw(image).rectangle((left, top, left + width - 1, top + height - 1), fill=0)
+    return image, 1
+
+
+@repeated
+def tight_crops(generator):
+    """A digit cut out along its outline, as programs do that find contours."""
+    digit, side = generator.choice(list(DIGITS)), generator.choice([20, 60, 200])
+    image = draw((2 * side, 2 * side), placed(digit, generator, side / 2, side / 2, side), max(2, side // 9))
+    return image.crop(box_of(image)), digit
+
+
+@repeated
+def bars_beside_the_paper(generator):
+    """A screenshot of a photo, with black bars at the left and right or above and below."""
+    digit = generator.choice(list(DIGITS))
+    image = draw((300, 400), placed(digit, generator, 95, 140, 110), 10, 215, 40)
+    share, page = generator.uniform(0.05, 0.2), ImageDraw.Draw(image)
+    if generator.random() < 0.5:
+        page.rectangle((0, 0, 300 * share, 400), fill=0)
+        page.rectangle((300 - 300 * share, 0, 300, 400), fill=0)
+    else:
+        page.rectangle((0, 0, 300, 400 * share), fill=0)
+        page.rectangle((0, 400 - 400 * share, 300, 400), fill=0)
+    return image, digit
+
+
+@repeated
+def tilted_ruling(generator):
+    """Ruled paper, photographed at an angle, its lines nearly as dark as the pen."""
+    digit, slope = generator.choice(list(DIGITS)), math.tan(math.radians(generator.uniform(2, 3)))
+    image = draw((300, 400), placed(digit, generator, 80, 110, 150), 4, 215, 70)
+    lines = Image.new("L", (300, 400), 215)
+    for y in range(-200, 600, 40):
+        ImageDraw.Draw(lines).line([(0, y), (300, y + 300 * slope)], fill=110, width=3)
+    return ImageChops.darker(image, lines).filter(ImageFilter.GaussianBlur(1)), digit
+
+
+@repeated
+def uneven_paper(generator):
+    """A small digit on a large paper that is crumpled, or with a dark strip of the table along its edge."""
+    digit = generator.choice(list(DIGITS))
+    grid = Image.new("L", (5, 8))
+    grid.putdata([generator.randrange(256) for _ in range(40)])
+    image = grid.resize((400, 800), Image.Resampling.BICUBIC).point(lambda v: 170 + (v - 128) / 12.8)
+    pen, ink = (4, 100) if generator.random() < 0.5 else (7, 130)
+    mask = draw((400, 800), placed(digit, generator, 190, 290, 80), pen, 0, 255)
+    image.paste(ink, mask=mask)
+    if pen == 7:
+        ImageDraw.Draw(image).polygon([(0, 0), (400, 0), (400, 50), (0, 15)], fill=60)
+    return image.filter(ImageFilter.GaussianBlur(1)), digit
+
+
+@repeated
+def badges(generator):
+    """A mark of an app in a corner."""
+    digit = generator.choice(list(DIGITS))
+    image = draw((400, 300), placed(digit, generator, 130, 70, 150), 6)
+    ImageDraw.Draw(image).rounded_rectangle((345, 270, 390, 290), 6, fill=generator.randint(0, 120))
+    return image, digit
+
+
 KINDS = [thick_rings, thick_tight_crops, strips, soft_pens, faint_pens, hard_shadows, frames, ruled_paper]
 KINDS += [dotted_paper, wide_strips, closed_fours, thin_twos, straight_stems, hairlines]
-KINDS += [opaque_patches]
+KINDS += [opaque_patches, bars, tight_crops, bars_beside_the_paper]
+WARNED = [tilted_ruling, uneven_paper, badges]  # should be read or get a warning
+KINDS += WARNED
 KINDS += [cluttered_photos, fainter_strokes, angular_sixes, ones_with_a_base]  # these are often misread
 
 
 @torch.no_grad()
 def count(model, images):
-    """Returns how many of these images, pairs with a digit, are read, misread and empty."""
-    counts = [0, 0, 0]
+    """Returns how many of images, pairs with a digit, are read, misread with or without a warning, empty."""
+    read = warned = other = empty = 0
     for image, digit in images:
         try:
-            prediction = int(model(datafile.normalize(read_digit(image)[None])).argmax())
+            ink, warning = read_digit_and_warning(image)
         except ImageError:
-            counts[2] += 1
+            empty += 1
             continue
-        counts[prediction != digit] += 1
-    return counts
+        if int(model(datafile.normalize(ink[None])).argmax()) == digit:
+            read += 1
+        elif warning:
+            warned += 1
+        else:
+            other += 1
+    return read, warned, other, empty
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint", nargs="?", default="models/weights/Model_3.pth")
     model = checkpoint.load(parser.parse_args().checkpoint)
-    print(f"{'kind':20}{'read':>6}{'other':>7}{'empty':>7}")
+    print(f"{'kind':24}{'read':>6}{'warned':>8}{'other':>7}{'empty':>7}")
     for kind in KINDS:
-        print("{:20}{:6}{:7}{:7}".format(kind.__name__.replace("_", " "), *count(model, kind())))
+        read, warned, other, empty = count(model, kind())
+        print(f"{kind.__name__.replace('_', ' '):24}{read:6}{warned:8}{other:7}{empty:7}")
 
 
 if __name__ == "__main__":
