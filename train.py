@@ -12,9 +12,9 @@ from support import startup  # noqa: F401  # isort: skip  # before PyTorch is im
 
 import argparse
 import contextlib
-import io
 import sys
 import time
+from collections import defaultdict
 from functools import partial
 from typing import NamedTuple
 
@@ -22,7 +22,6 @@ import torch
 from torch import optim
 from torch.nn.functional import cross_entropy
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torchsummary import summary
 from tqdm import tqdm
 
 from datafile import BACKGROUND, DATA_DIR, describe, find_raw_dir, get_loaders
@@ -31,7 +30,7 @@ from support import checkpoint, devices, distributed, exits, files, plots
 from support.augmentation import augment
 from support.checkpoint import TrainingState
 from support.flags import format_flag, int_between, path_type, positive_number
-from support.metrics import RunResult, accuracy, predict, print_runs
+from support.metrics import RunResult, accuracy, predict, print_epoch, print_runs, print_summary
 
 
 class Recipe(NamedTuple):
@@ -41,11 +40,12 @@ class Recipe(NamedTuple):
     lr: float = 0.01  # initial learning rate
 
 
-RECIPES = {
-    "Model_1": Recipe(epochs=2, lr=0.01),
-    "Model_2": Recipe(epochs=12, lr=0.005),
-    "Model_3": Recipe(epochs=15, lr=0.01),
-}
+RECIPES = defaultdict(
+    Recipe,
+    Model_1=Recipe(epochs=2, lr=0.01),
+    Model_2=Recipe(epochs=12, lr=0.005),
+    Model_3=Recipe(epochs=15, lr=0.01),
+)
 OPTIMIZERS = {  # name: (class, factor on the recipe's learning rate)
     "adam": (partial(optim.Adam, fused=True), 1),
     "adamw": (partial(optim.AdamW, fused=True), 1),
@@ -97,9 +97,9 @@ def train_epoch(model, average_model, loader, optimizer, epoch, augmented=True):
             correct.append((logits.argmax(1) == labels).sum())
             seen += len(labels)
             if show_bar and step % 50 == 0:
-                mean_loss = torch.stack(losses).sum() / seen
-                mean_accuracy = torch.stack(correct).sum() / seen
-                bar.set_postfix_str(f"loss {mean_loss:.3f}, {mean_accuracy:.2%}", refresh=False)
+                bar.set_postfix_str(
+                    f"loss {sum(losses) / seen:.3f}, {sum(correct) / seen:.2%}", refresh=False
+                )
     losses = torch.stack(losses).cpu()
     correct = torch.stack(correct).cpu()
     if not losses.isfinite().all():
@@ -127,18 +127,13 @@ def update_average(average, current, fraction):
     torch._foreach_add_(average, current, alpha=fraction)
 
 
-def get_recipe(name):
-    """Returns the recipe of a model."""
-    return RECIPES.get(name, Recipe())
-
-
 def get_settings(name, args, seed, fold, digest):
     """Returns {flag: value} of what determines a run's result: all flags but `RESUMABLE`, and the data."""
     settings = {}
     for destination, value in vars(args).items():
         if destination not in RESUMABLE:
             settings[f"--{destination.replace('_', '-')}"] = value
-    lr = args.lr or OPTIMIZERS[args.optimizer][1] * get_recipe(name).lr
+    lr = args.lr or OPTIMIZERS[args.optimizer][1] * RECIPES[name].lr
     settings |= {"--model": name, "--lr": lr, "--seed": seed, "--data-dir": digest}
     if fold:
         settings["--folds"] = f"{fold[1]} (fold {fold[0]})"
@@ -171,35 +166,18 @@ def print_header(name, args, state, loaders, with_summary):
         print_summary(MODELS[name]().eval())
 
 
-def print_summary(model):
-    """Prints torchsummary's table of layers, if it can show the model, and the number of parameters."""
-    table = io.StringIO()
-    # It draws random images, and fails for some layers, such as LSTMs.
-    with contextlib.redirect_stdout(table), torch.random.fork_rng(devices=[]), contextlib.suppress(Exception):
-        summary(model, (1, 28, 28), device="cpu")
-    layers, *_ = table.getvalue().partition("Total params")  # which counts shared parameters twice
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{layers}Parameters: {parameters:,}\n")
-
-
 def run_epoch(state, loaders, augmented):
     """Runs one epoch of training and validation, steps the scheduler and records the metrics.
 
     Raises:
-        FloatingPointError: the loss of a step, a weight or a logit is not finite.
+        FloatingPointError: the loss of a step or a logit is not finite.
     """
     epoch = len(state.history) + 1
     lr = state.optimizer.param_groups[0]["lr"]
     loss, training_accuracy = train_epoch(
         state.model, state.average_model, loaders.train, state.optimizer, epoch, augmented
     )
-    where = f"after epoch {epoch}, at learning rate {lr:g}: try a lower --lr"
-    if weight := checkpoint.find_not_finite(state.average_model):
-        raise FloatingPointError(f"{weight} has values that are not finite {where}")
-    try:
-        logits, labels = predict(state.average_model, loaders.validation)
-    except FloatingPointError as error:
-        raise FloatingPointError(f"{error} {where}") from error
+    logits, labels = predict(state.average_model, loaders.validation)
     validation_accuracy = accuracy(logits, labels)
     state.scheduler.step(validation_accuracy)
     metrics = {
@@ -210,18 +188,6 @@ def run_epoch(state, loaders, augmented):
         "validation_accuracy": validation_accuracy,
     }
     state.add_epoch(metrics)
-
-
-def print_epoch(state, epochs):
-    metrics = state.history[-1]
-    print(f"Epoch: {len(state.history)}/{epochs}")
-    print(f"Training Loss: {metrics['training_loss']:.3f}")
-    print(f"Training Accuracy: {metrics['training_accuracy']:.2%}")
-    print(f"Validation Accuracy: {metrics['validation_accuracy']:.2%}")
-    print("-" * 50)
-    lr = state.optimizer.param_groups[0]["lr"]
-    if lr < metrics["lr"]:
-        print(f"Learning rate lowered to {lr:g}")
 
 
 def train(name, args, seed, fold=None):
@@ -248,41 +214,31 @@ def train(name, args, seed, fold=None):
             print(f"{last_path}: no such file, starting from the beginning")
         checkpoint.back_up(last_path, best_path)  # so that this run overwrites only its own files
     try:
-        train_epochs(state, loaders, args, last_path, best_path)
+        epochs = args.epochs or RECIPES[name].epochs
+        devices.keep_freed_memory()
+        while not state.is_finished(epochs, args.early_stopping):
+            run_epoch(state, loaders, args.augment)
+            state.save(last_path, best_path)  # save first, so that every epoch printed can be resumed from
+            print_epoch(state, epochs)
+        if len(state.history) < epochs:
+            print(f"Early stopping: no improvement for {args.early_stopping} epochs")
         kept_epoch = checkpoint.epoch_to_keep(state.history)
         state.average_model.load_state_dict(state.best)
         logits, labels = predict(state.average_model, loaders.test)
         validation_accuracy = state.history[kept_epoch - 1]["validation_accuracy"]
         result = RunResult(validation_accuracy, accuracy(logits, labels), logits, labels)
         print(f"Test Accuracy: {result.test_accuracy:.2%} (epoch {kept_epoch}, {best_path.name})")
-        if args.plot:
-            save_curves(state.history, kept_epoch, args.plot / f"curves_{name}{suffix}.png")
     except BaseException as error:
         if state.saved_epochs:
             error.saved = f"epoch {state.saved_epochs} is saved in {last_path}"  # see `support.exits`
         raise
+    if args.plot:
+        try:
+            plots.save(args.plot / f"curves_{name}{suffix}.png", plots.curves, state.history, kept_epoch)
+        except exits.RunError as error:
+            exits.warn(f"train.py: {error}")  # a plot that fails does not end the other runs
     print(f"Time: {time.perf_counter() - started:.0f} s{' since resuming' if resumed else ''}")
     return result
-
-
-def train_epochs(state, loaders, args, last_path, best_path):
-    """Trains, saves and prints the epochs that are left."""
-    epochs = args.epochs or get_recipe(state.settings["--model"]).epochs
-    devices.keep_freed_memory()
-    while not state.is_finished(epochs, args.early_stopping):
-        run_epoch(state, loaders, args.augment)
-        state.save(last_path, best_path)  # save first, so that every epoch printed can be resumed from
-        print_epoch(state, epochs)
-    if len(state.history) < epochs:
-        print(f"Early stopping: no improvement for {args.early_stopping} epochs")
-
-
-def save_curves(history, kept_epoch, path):
-    """Saves the training curves; a plot that fails costs a line, not the run."""
-    try:
-        plots.save(path, plots.curves, history, kept_epoch)
-    except exits.RunError as error:
-        exits.warn(f"train.py: {error}")
 
 
 def train_runs(name, args):
@@ -302,8 +258,8 @@ def train_runs(name, args):
 
 
 def parse_args(arguments=None):
-    epochs = ", ".join(str(get_recipe(name).epochs) for name in MODELS)
-    rates = ", ".join(str(get_recipe(name).lr) for name in MODELS)
+    epochs = ", ".join(str(RECIPES[name].epochs) for name in MODELS)
+    rates = ", ".join(str(RECIPES[name].lr) for name in MODELS)
     count = int_between(1, 10**6)
     several = int_between(2, 1_000)
     parser = argparse.ArgumentParser(description="Train a tiny MNIST classifier and report its accuracy.")

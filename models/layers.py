@@ -22,8 +22,8 @@ class Deskew(nn.Module):
     """Normalizes each digit: centers it, removes its slant and evens out its size.
 
     The layer has no parameters; the transform is computed from image moments. The digit is shifted by its
-    centroid, sheared by the regression of x on y, and scaled in height and width so that each standard
-    deviation becomes the geometric mean of its own value and that of a digit that fills the image. After
+    centroid, sheared by the regression of x on y, and scaled in height and width: each standard deviation is
+    moved halfway, on a logarithmic scale, to its target, `HEIGHT` or `WIDTH`. After
     C.-L. Liu et al., "Handwritten digit recognition: investigation of normalization and feature extraction
     techniques", Pattern Recognition 37(2), 2004.
 
@@ -38,10 +38,11 @@ class Deskew(nn.Module):
 
     def __init__(self):
         super().__init__()
-        axis = (torch.arange(28) + 0.5) / 14 - 1  # the centers of the pixels, from -1 to 1
-        y, x = (plane.flatten() for plane in torch.meshgrid(axis, axis, indexing="ij"))
-        self.register_buffer("monomials", torch.stack([x**0, x, y, x * x, x * y, y * y]), persistent=False)
-        # Bit-identical to the axis of `affine_grid`, which is ten times slower on the CPU.
+        centers = (torch.arange(28) + 0.5) / 14 - 1  # of the pixels, from -1 to 1
+        y, x = torch.meshgrid(centers, centers, indexing="ij")
+        monomials = torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y]).flatten(1)
+        self.register_buffer("monomials", monomials, persistent=False)
+        # The same centers, computed as in `affine_grid`, which is ten times slower on the CPU.
         self.register_buffer("axis", torch.linspace(-1, 1, 28) * 27 / 28, persistent=False)
 
     def forward(self, images):
@@ -49,17 +50,21 @@ class Deskew(nn.Module):
         low, high = images.amin((2, 3), keepdim=True), images.amax((2, 3), keepdim=True)
         ink = (images - low) * (self.INK / (high - low).clamp(min=1e-3))
         moments = F.linear(ink.flatten(1), self.monomials)
-        x, y, xx, xy, yy = (moments[:, 1:] / moments[:, :1].clamp(min=1e-3)).unbind(1)
-        xx, xy, yy = xx - x * x, xy - x * y, (yy - y * y).clamp(min=1e-3)
-        x, y, xx, xy, yy = (moment[:, None, None] for moment in (x, y, xx, xy, yy))
-        slant = xy / yy
-        height = (yy.sqrt() / self.HEIGHT).sqrt()
-        width = ((xx - slant * xy).clamp(min=1e-2).sqrt() / self.WIDTH).sqrt()
-        right, down = self.axis, self.axis[:, None]
-        x = width * right + (slant * height * down + x)
-        y = (height * down + y).expand_as(x)
+        means = (moments[:, 1:] / moments[:, :1].clamp(min=1e-3))[:, :, None, None]
+        x, y, xx, xy, yy = means.unbind(1)
+        variance_x = xx - x * x
+        covariance = xy - x * y
+        variance_y = (yy - y * y).clamp(min=1e-3)
+        slant = covariance / variance_y
+        height = (variance_y.sqrt() / self.HEIGHT).sqrt()
+        width = ((variance_x - slant * covariance).clamp(min=1e-2).sqrt() / self.WIDTH).sqrt()
+        right = self.axis
+        down = self.axis[:, None]
+        sample_x = width * right + (slant * height * down + x)
+        sample_y = (height * down + y).expand_as(sample_x)
         # Stacked as two planes and permuted: faster on the CPU than interleaved (x, y) pairs.
-        return F.grid_sample(ink, torch.stack([x, y]).permute(1, 2, 3, 0), align_corners=False)
+        grid = torch.stack([sample_x, sample_y]).permute(1, 2, 3, 0)
+        return F.grid_sample(ink, grid, align_corners=False)
 
 
 def orient(filters):
@@ -114,10 +119,10 @@ class P4MConv2d(nn.Module):
 
 
 class P4MReadout(nn.Module):
-    """A depthwise convolution over the whole image, each kernel in the orientation of its channel.
+    """A depthwise convolution without bias whose kernels cover the whole image (output 1 x 1).
 
-    See `orient`. It has no bias. It is computed as one batched matrix product with mostly-zero matrices,
-    which is ten times faster with AVX2 than a convolution.
+    Each kernel has the orientation of its channel (see `orient`). As one batched matrix product with
+    mostly-zero matrices, it is ten times faster with AVX2 than as a convolution.
 
     Takes float32 (N, 8 * in_filters, size, size), returns float32 (N, 8 * in_filters * outputs, 1, 1).
 

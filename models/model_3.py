@@ -6,8 +6,8 @@ from .layers import Classifier, Deskew, P4MConv2d, P4MReadout
 class Model_3(Classifier):
     """Advanced digit classifier, 4,506 parameters: deskewing, then filters in eight orientations.
 
-    The convolutions with stride 1 are equivariant under rotations by 90 degrees and reflections. The network
-    is not: the first convolution has stride 2, and batch normalization treats each channel on its own.
+    Only the convolutions with stride 1 are equivariant under rotations by 90 degrees and reflections;
+    `Deskew`, the first convolution, batch normalization and the last layer are not.
 
     Takes images (N, 1, 28, 28), light ink on a dark background, of any real dtype and value range (see
     `Deskew`); returns logits, float32 (N, 10).

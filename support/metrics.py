@@ -1,9 +1,12 @@
-"""Predictions, metrics and ensembles."""
+"""Predictions, metrics and ensembles, and what is printed about them."""
 
+import contextlib
+import io
 import statistics
 from typing import NamedTuple
 
 import torch
+from torchsummary import summary
 
 
 class RunResult(NamedTuple):
@@ -29,7 +32,7 @@ def predict(model, loader):
         labels.append(targets)
     logits = torch.cat(logits).cpu()
     if not logits.isfinite().all():
-        raise FloatingPointError("the model's logits are not finite")
+        raise FloatingPointError("the model's logits are not finite: if it is in training, try a lower --lr")
     return logits, torch.cat(labels).cpu()
 
 
@@ -41,6 +44,30 @@ def accuracy(scores, labels):
 def ensemble_probabilities(logits):
     """Returns the mean softmax output, float32 (N, 10), of several models, given the logits of each."""
     return torch.stack(list(logits)).softmax(2).mean(0)
+
+
+def print_summary(model):
+    """Prints torchsummary's table of layers, if it can show the model, and the number of parameters."""
+    table = io.StringIO()
+    # It draws random images, and fails for some layers, such as LSTMs.
+    with contextlib.redirect_stdout(table), torch.random.fork_rng(devices=[]), contextlib.suppress(Exception):
+        summary(model, (1, 28, 28), device="cpu")
+    layers, *_ = table.getvalue().partition("Total params")  # which counts shared parameters twice
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{layers}Parameters: {parameters:,}\n")
+
+
+def print_epoch(state, epochs):
+    """Prints the metrics of the last of `epochs` epochs of a `TrainingState`, and a lowered learning rate."""
+    metrics = state.history[-1]
+    print(f"Epoch: {len(state.history)}/{epochs}")
+    print(f"Training Loss: {metrics['training_loss']:.3f}")
+    print(f"Training Accuracy: {metrics['training_accuracy']:.2%}")
+    print(f"Validation Accuracy: {metrics['validation_accuracy']:.2%}")
+    print("-" * 50)
+    lr = state.optimizer.param_groups[0]["lr"]
+    if lr < metrics["lr"]:
+        print(f"Learning rate lowered to {lr:g}")
 
 
 def print_scores(title, probabilities, labels):

@@ -224,10 +224,15 @@ def test_no_code_in_a_file_is_run(file, state, tmp_path, where, zipped):
 
 
 def test_a_zip_bomb_is_rejected(state, tmp_path):
-    with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", bytes(50_000_000))
+    """A file that PyTorch itself would load: one of its own, compressed."""
+    torch.save({"zeros": torch.zeros(10_000_000)}, tmp_path / "large.pth")
+    bomb = zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED)
+    with zipfile.ZipFile(tmp_path / "large.pth") as large, bomb:
+        for record in large.infolist():
+            bomb.writestr(record.filename, large.read(record))
     assert (tmp_path / "bomb.pth").stat().st_size < 100_000
-    assert refusal(tmp_path / "bomb.pth", state)
+    assert len(torch.load(tmp_path / "bomb.pth", weights_only=True)["zeros"]) == 10_000_000
+    assert "is corrupt or not a checkpoint" in refusal(tmp_path / "bomb.pth", state)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
@@ -286,6 +291,17 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch, 
         files.write_atomically(path, b"new")
     content = b"old" if function == "replace" else b"new"
     assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("best.pth", content)]
+
+
+def test_a_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
+    """Else it may be empty after a power loss."""
+    order, fsync, replace = [], os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda file: order.append("fsync") or fsync(file))
+    monkeypatch.setattr(Path, "replace", lambda *paths: order.append("replace") or replace(*paths))
+    files.write_atomically(tmp_path / "best.pth", b"new")
+    assert order == ["fsync", "replace"]
+    attempts = 20 if os.name == "nt" else 1
+    assert attempts == files.ATTEMPTS
 
 
 @pytest.mark.parametrize("denials, succeeds", [(3, True), (5, False)])

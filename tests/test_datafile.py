@@ -22,6 +22,16 @@ from conftest import RAW_DIR, fingerprints, write_idx
 from support import augmentation
 
 
+def instead_of(drawn):
+    """Returns a replacement of `torch.rand` that returns these numbers, if as many are asked for."""
+
+    def draw(*size, device):
+        assert size == drawn.shape[: len(size)] and drawn[0].numel() == drawn[0].view(size[1:]).numel()
+        return drawn
+
+    return draw
+
+
 def augment(images):
     return augmentation.augment(images, datafile.BACKGROUND)
 
@@ -224,10 +234,25 @@ def test_one_twelfth_of_any_data_set_is_held_out(few_images):
         datafile.get_loaders(data_dir=folder, fold=(300, 300))
 
 
-def test_upstrokes_are_added_to_mnist_only(few_images):
-    folder = few_images.parent.parent
-    plain, other = (datafile.get_loaders(data_dir=folder, upstrokes=upstrokes) for upstrokes in (False, True))
-    assert torch.equal(plain.train.dataset.tensors[0], other.train.dataset.tensors[0])
+def test_upstrokes_are_added_to_mnist_only(few_images, tmp_path):
+    """Not even to a set of as many images."""
+    folder = tmp_path / "as_many"
+    shutil.copytree(RAW_DIR, folder)
+    content = bytearray((folder / datafile.FILES[0]).read_bytes())
+    content[-1] ^= 1
+    (folder / datafile.FILES[0]).write_bytes(content)
+    for data_dir in few_images.parent.parent, folder:
+        plain, other = (
+            datafile.get_loaders(data_dir=data_dir, upstrokes=strokes) for strokes in (False, True)
+        )
+        assert torch.equal(plain.train.dataset.tensors[0], other.train.dataset.tensors[0])
+
+
+def test_case_does_not_matter_in_the_names_of_files(few_images):
+    for name in datafile.FILES:
+        (few_images / name).rename(few_images / f"{name}.tmp")
+        (few_images / f"{name}.tmp").rename(few_images / name.upper())
+    assert len(datafile.get_loaders(data_dir=few_images)[2].dataset) == 200
 
 
 @pytest.mark.parametrize("form", ["{}.gz", "{}"])
@@ -430,8 +455,8 @@ def test_each_part_of_the_deformation_is_drawn_for_each_image(mnist, monkeypatch
         uniform[part] = torch.tensor([0.0, 1.0])
     else:
         normal[part - 6] = torch.randn(2, 25, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(torch, "rand", lambda *size, device: uniform)
-    monkeypatch.setattr(torch, "randn", lambda *size, device: normal)
+    monkeypatch.setattr(torch, "rand", instead_of(uniform))
+    monkeypatch.setattr(torch, "randn", instead_of(normal))
     image = mnist.test.dataset.tensors[0][:1]
     first, second = augment(image.expand(2, -1, -1, -1))
     assert all((one - other).abs().mean() > 0.02 for one, other in [(first, image[0]), (second, image[0])])
@@ -486,7 +511,7 @@ def test_the_elastic_deformation_is_an_interpolated_grid_of_displacements(mnist,
     images = mnist[2].dataset.tensors[0][:100]
     drawn = torch.randn(2, 100, 25)
     monkeypatch.setattr(torch, "rand", lambda *size, device: torch.full(size, 0.5))  # nothing else
-    monkeypatch.setattr(torch, "randn", lambda *size, device: drawn)
+    monkeypatch.setattr(torch, "randn", instead_of(drawn))
     pixels = interpolate(drawn.view(2, 100, 5, 5) * 0.6, (28, 28), mode="bicubic", align_corners=True)
     unmoved = affine_grid(torch.eye(2, 3).expand(100, 2, 3), list(images.shape), align_corners=False)
     background = datafile.BACKGROUND

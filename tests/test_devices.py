@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_leaves
 
 import datafile
 import evaluate
+import models
 import train
 from conftest import BLOCK, TEST_LINE, WEIGHTS
-from support import checkpoint
+from support import checkpoint, devices
 
 META = torch.device("meta")
 pytestmark = pytest.mark.filterwarnings("ignore:.*is a no-op")  # a value is copied to a tensor without values
@@ -53,7 +54,6 @@ def meta(monkeypatch):
 
     monkeypatch.setattr(datafile, "ShuffledBatchSampler", Batches)
     monkeypatch.setattr(torch.Tensor, "cpu", noise_from_meta)
-    monkeypatch.setattr(checkpoint, "find_not_finite", lambda model: None)
     for name in "adam", "sgd":  # no device but the real ones has fused optimizers
         fused, multiple = train.OPTIMIZERS[name]
         monkeypatch.setitem(train.OPTIMIZERS, name, (functools.partial(fused, fused=False), multiple))
@@ -115,3 +115,71 @@ def test_evaluation_and_its_plots_use_the_device_only_for_forward_passes(
     output = capsys.readouterr().out
     assert "Test Accuracy: " in output and "Latency: " in output
     assert {path.stem for path in tmp_path.iterdir()} == {"confusion", "mistakes", "filters"}
+
+
+class StandIn:
+    """Stands in for `torch.cuda.CUDAGraph` on the CPU: repeats recorded operations on the same tensors.
+
+    As in a real graph, its results have no values before the first replay.
+    """
+
+    def __init__(self):
+        self.calls = []
+
+    @torch.no_grad()
+    def replay(self):
+        for function, arguments, options, results in self.calls:
+            again = function(*arguments, **options)
+            for result, value in zip(tree_leaves(results), tree_leaves(again)):
+                if isinstance(result, torch.Tensor) and result.data_ptr() != value.data_ptr():
+                    result.data.copy_(value)
+
+
+class Recording(TorchDispatchMode):
+    """Stands in for `torch.cuda.graph`."""
+
+    def __init__(self, graph):
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        results = function(*args, **(kwargs or {}))
+        self.graph.calls.append((function, args, kwargs or {}, results))
+        return results
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        given = set()  # the storage of parameters and inputs keeps its values
+        for _, arguments, _, results in self.graph.calls:
+            given |= {leaf.data_ptr() for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)}
+            for result in tree_leaves(results):
+                if torch.is_tensor(result) and result.is_floating_point() and result.data_ptr() not in given:
+                    result.data.fill_(torch.nan)
+
+
+def test_a_captured_step_trains_as_the_step_itself(mnist, monkeypatch):
+    """The last batch is smaller. On CUDA, the real graph is tested in test_train.py."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", StandIn)
+    monkeypatch.setattr(torch.cuda, "graph", Recording)
+    images, labels = (tensor[:500] for tensor in mnist.validation.dataset.tensors)
+    batches = list(zip(images.split(128), labels.split(128)))
+    results = []
+    for is_captured in True, False:
+        torch.manual_seed(0)
+        model = models.Model_1()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.003, fused=True)
+
+        def compute_gradients(images, labels, model=model, optimizer=optimizer):
+            loss = torch.nn.functional.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            return (loss.detach(),)
+
+        step = devices.capture(compute_gradients, *batches[0]) if is_captured else compute_gradients
+        losses = []
+        for batch in batches:
+            losses.append(step(*batch)[0].clone())
+            optimizer.step()
+        results.append((losses, model.state_dict()))
+    torch.testing.assert_close(*results)
+    assert len(set(map(float, results[0][0]))) == len(batches)

@@ -149,5 +149,5 @@ def test_weights_whose_logits_are_not_finite_are_an_error(fit, call, monkeypatch
         models.Model_1, "forward", lambda self, x: finite(self, x) / (1 if self.training else 0)
     )
     ended = fit("--model", "Model_1", "--epochs", 1, check=False)
-    sentence = "the model's logits are not finite after epoch 1, at learning rate 0.01: try a lower --lr"
+    sentence = "the model's logits are not finite: if it is in training, try a lower --lr"
     assert (ended.returncode, ended.stderr) == (1, f"train.py: error: {sentence}\n")

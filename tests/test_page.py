@@ -264,12 +264,26 @@ def test_the_answer_is_large_and_undo_and_keys_take_strokes_back(port, browser):
     assert "this looks like more than one digit" in shown("message")
     browser.find_element("id", "undo").click()
     assert drawer.answer() == 1 and "digit" not in shown("message")
-    for keys in "\ue003", "\ue017", "\ue009z":  # Backspace, Delete, Ctrl-Z
+    body = browser.find_element("css selector", "body")
+    for key in "\ue003", "\ue017", "\ue00c":  # Backspace, Delete, Escape
         drawer.draw(STROKES[1])
-        browser.find_element("css selector", "body").send_keys(*keys)
-        if keys.endswith("z"):
-            browser.find_element("css selector", "body").send_keys("\ue009", "z")
-        assert keys.endswith("z") or (drawer.answer() is None and shown("digit") == "")
+        body.send_keys(key)
+        assert drawer.answer() is None and shown("digit") == ""
+    for key, left in (("z",), 2), (("\ue009", "z"), 1), (("x",), 2), (("\ue03d", "z"), 1):  # \ue03d: Command
+        clear = browser.find_element("id", "clear")
+        clear.click()
+        for stroke in [[(30, 20), (30, 80)]], [[(70, 20), (70, 80)]]:
+            drawer.draw(stroke)
+        body.send_keys(*key)
+        assert browser.execute_script("return strokes.length") == left, key
+
+
+def test_the_bars_are_as_long_as_their_probabilities(port, browser):
+    Drawer(browser, port).draw(STROKES[3])
+    for row in browser.find_elements("css selector", "#bars tr"):
+        bar, percent = row.find_element("css selector", "i"), row.find_elements("css selector", "td")[1].text
+        whole = bar.find_element("xpath", "..").rect["width"] - 16  # without its padding
+        assert bar.rect["width"] / whole == pytest.approx(float(percent[:-1]) / 100, abs=0.02)
 
 
 def test_the_time_from_the_end_of_a_stroke_to_the_bars_is_measured(port, browser, capsys):
@@ -328,6 +342,16 @@ def test_the_page_says_if_the_server_has_stopped(browser):
     assert browser.find_element("id", "message").text.startswith("The server has stopped")
 
 
+def test_a_bug_in_the_server_is_shown_on_standard_error(capfd):
+    server = page.make_server(lambda image: 1 / 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with pytest.raises(http.client.RemoteDisconnected):
+        ask(server.server_port, SEVEN)
+    server.shutdown()
+    server.server_close()
+    assert "ZeroDivisionError" in capfd.readouterr().err
+
+
 @pytest.fixture
 def requests(monkeypatch):
     """The method, the path and the status of each answer of the server."""
@@ -358,7 +382,7 @@ def events(browser, *steps):
     for kind, x, y, fields in steps:
         script = """
             const [kind, x, y, fields] = arguments, box = paper.getBoundingClientRect();
-            paper.setPointerCapture = () => {};
+            paper.setPointerCapture = id => window.captured = id;
             const place = {clientX: box.left + box.width * x / 100, clientY: box.top + box.height * y / 100};
             paper.dispatchEvent(new PointerEvent(kind, {bubbles: true, ...place, ...fields}));
         """
@@ -379,13 +403,18 @@ def test_one_finger_or_the_main_button_draws_and_a_lost_release_ends_the_stroke(
     assert (
         browser.execute_script("return strokes.map(stroke => stroke.length)") == [3] and drawer.answer() == 1
     )
+    assert browser.execute_script("return captured") == 5  # so that the stroke goes on outside the paper
     events(browser, ("pointerdown", 50, 50, {"pointerId": 7, "button": 2, "buttons": 2}))
+    events(browser, ("pointermove", 60, 50, {"pointerId": 7, "buttons": 2}))
+    assert browser.execute_script("return strokes.length") == 1
     events(browser, ("pointerdown", 50, 20, first), ("pointermove", 50, 30, {"pointerId": 5, "buttons": 0}))
     events(browser, ("pointermove", 60, 60, first))
     assert browser.execute_script("return strokes.map(stroke => stroke.length)") == [3, 1]
-    browser.execute_script("dispatchEvent(new Event('blur'))")
-    events(browser, ("pointerdown", 20, 20, second), ("pointerup", 20, 20, second))
-    assert browser.execute_script("return strokes.length") == 3
+    for end in "dispatchEvent(new Event('blur'))", "undo()":
+        events(browser, ("pointerdown", 20, 20, second))
+        browser.execute_script(end)
+        events(browser, ("pointermove", 30, 30, second), ("pointermove", 40, 40, second))
+    assert browser.execute_script("return strokes.map(stroke => stroke.length)") == [3, 1, 1]
 
 
 def test_an_answer_to_a_drawing_that_was_cleared_is_dropped(browser):

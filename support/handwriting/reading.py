@@ -72,45 +72,40 @@ def read_digit_and_warning(source):
     name = source if isinstance(source, str | Path) else "the image"
     image, pages = open_image(source, name)
     picture = cut_bars(to_grayscale(image))
-    scale = SIDE / math.sqrt(math.prod(picture.size))
-    size = [max(1, round(scale * length)) for length in picture.size]
-    gray = to_tensor(picture.resize(size, Image.Resampling.BICUBIC))
-    background, sign, low, full = find_background(gray)
-    if background is None:
+    digit, warning = find_digit(picture)
+    if digit is None:
         raise ImageError(f"{name} is empty: nothing stands out from the background")
-    ink = (sign * (background - gray) - low).div(full - low).clamp(0, 1)
-    unruled = remove_lines(ink) if edge_contacts(ink) > 6 else ink
-    digit, warning = largest_group(unruled)
-    warnings = [warning]
-    if edge_contacts(unruled) > 6:
-        warnings.append("lines or shadows may have been read")
+    top, left, bottom, right = bounding_box(digit > INK)
+    side = max(bottom - top, right - left)
+    if side < SIDE / 3 and digit.shape[1] < picture.width:  # once more, in the picture around the digit
+        horizontal = picture.width / digit.shape[1]
+        vertical = picture.height / digit.shape[0]
+        box = [
+            round(max(0, left - side) * horizontal),
+            round(max(0, top - side) * vertical),
+            round(min(digit.shape[1], right + side) * horizontal),
+            round(min(digit.shape[0], bottom + side) * vertical),
+        ]
+        closer, _ = find_digit(picture.crop(box))
+        digit = digit if closer is None else closer
     if pages > 1:
-        warnings.append(f"only the first of {pages} pages was read")
-    if unruled is ink:
-        digit = look_closer(picture, digit, background, sign, low, full)
-    return center(digit), "; ".join(filter(None, warnings))
+        warning = f"only the first of {pages} pages was read"
+    return center(digit), warning
 
 
-def look_closer(picture, digit, background, sign, low, full):
-    """Returns the ink of the digit, float32 (H, W), in the picture's resolution, up to 256 x 256 pixels."""
-    near = max_pool2d((digit > INK).float()[None, None], 5, 1, 2)
-    top, left, bottom, right = bounding_box(near[0, 0] > 0)
-    horizontal = picture.width / digit.shape[1]
-    vertical = picture.height / digit.shape[0]
-    box = (
-        int(left * horizontal),
-        int(top * vertical),
-        math.ceil(right * horizontal),
-        math.ceil(bottom * vertical),
-    )
-    crop = picture.crop(box)
-    crop.thumbnail((256, 256), Image.Resampling.BOX)
-    gray = to_tensor(crop)
-    background = background[None, None, top:bottom, left:right]
-    near = near[:, :, top:bottom, left:right]
-    background, near = interpolate(torch.cat([background, near]), gray.shape, mode="bilinear")[:, 0]
-    ink = (sign * (background - gray) - low).div(full - low).clamp(0, 1) * (near > 0.1)
-    return ink if (ink > INK).any() else digit
+def find_digit(picture):
+    """Returns the ink of the digit in a grayscale picture, float32 (H, W), or None, and a warning or ""."""
+    scale = min(1, SIDE / math.sqrt(math.prod(picture.size)))
+    size = [max(1, round(scale * length)) for length in picture.size]
+    ink = find_ink(to_tensor(picture.resize(size, Image.Resampling.BICUBIC)))
+    if ink is None:
+        return None, ""
+    if edge_contacts(ink) > 6:
+        ink = remove_lines(ink)
+    digit, warning = largest_group(ink)
+    if edge_contacts(ink) > 6:
+        warning = "lines or shadows may have been read"
+    return digit, warning
 
 
 def to_tensor(picture):
@@ -139,20 +134,21 @@ def cut_bars(picture):
     return cut_bars(picture.crop([round(edge * scale) for edge in (left, top, right, bottom)]))
 
 
-def find_background(gray):
-    """Finds the background of an image, float32 (H, W), by the first of three methods that finds ink.
+def find_ink(gray):
+    """Returns the ink in an image (H, W), from 0 to 1, or None if nothing stands out from the background.
 
-    Returns:
-        The background, float32 (H, W), or None if nothing stands out from it; 1 if the ink is darker and -1
-        if it is lighter; the differences from the background that count as no ink and as full ink.
+    The background is that of the first of three methods from which something stands out.
     """
     for method, contrast in (border_median, 8), (fit_surface, 4), (close, 4):
         background, noise, sign = method(gray)
-        full = typical_ink((sign * (background - gray)).clamp(min=0))
+        difference = (sign * (background - gray)).clamp(min=0)
+        full = typical_ink(difference)
         if full >= contrast * noise:
             low = min(2 * noise, 0.5 * full)
-            return background, sign, low if method is border_median else max(0.2 * full, low), full
-    return None, None, None, None
+            if method is not border_median:
+                low = max(0.2 * full, low)
+            return ((difference - low) / (full - low)).clamp(0, 1)
+    return None
 
 
 def border_median(gray):
@@ -211,12 +207,11 @@ def typical_ink(difference):
     threshold is applied to it again.
     """
     above = difference.flatten()
-    while True:
+    while len(above) > 1:
         above = above[above > otsu_threshold(above)]
-        if not len(above):
-            return torch.tensor(0.0)
-        if len(above) < 30 or above.max() < 3 * above.median():
+        if len(above) and (len(above) < 30 or above.max() < 3 * above.median()):
             return above.median()
+    return torch.tensor(0.0)
 
 
 def edge_contacts(ink):

@@ -98,7 +98,7 @@ def run(model, seed, usps, augment=True):
     )
     loaders = loaders._replace(validation=validation)
     state = train.create_training_state(model, args, seed, None, loaders)
-    for _ in range(train.get_recipe(model).epochs):
+    for _ in range(train.RECIPES[model].epochs):
         train.run_epoch(state, loaders, augment)
     state.average_model.load_state_dict(state.best)
     parts = validation, judge, loaders.test, usps
