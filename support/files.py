@@ -36,6 +36,8 @@ def expand(paths):
 def write_atomically(path, content):
     """Writes bytes to a file atomically: if it is interrupted, `path` is either the old file or the new one.
 
+    A link is replaced by a file.
+
     Raises:
         RunError: the file cannot be written; the message names it.
     """

@@ -109,11 +109,14 @@ def test_an_upstroke_leaves_the_top_of_its_stem_down_to_the_left(slant, thicknes
     lengths, angles = [], []
     for stroke in strokes:
         outside = (stroke > 127) & (upright < -thickness)
+        if outside.sum() < 3 * thickness:  # too short to be measured
+            continue
         left, down = -upright[outside], y[outside] - 4 - thickness / 2  # from the start of the stroke
         lengths.append((torch.hypot(left, down).max() - thickness / 2) / 20)  # without its round end
         angles.append(torch.rad2deg(torch.atan2(down.mean(), left.mean())))
     lengths, angles = torch.stack(lengths), torch.stack(angles)
-    assert lengths.min() == pytest.approx(0.15, abs=0.1) and lengths.max() == pytest.approx(0.65, abs=0.1)
+    assert 60 < len(lengths) < 190  # the shortest are a tenth of the height: 2 pixels
+    assert lengths.min() < 0.35 and lengths.max() == pytest.approx(0.65, abs=0.1)
     assert angles.min() == pytest.approx(25, abs=8) and angles.max() == pytest.approx(60, abs=8)
 
 
@@ -236,7 +239,7 @@ def test_one_twelfth_of_any_data_set_is_held_out(few_images):
 
 def test_upstrokes_are_added_to_mnist_only(few_images, tmp_path):
     """Not even to a set of as many images."""
-    folder = tmp_path / "as_many"
+    folder = tmp_path / "as_many" / "deep" / "down" / "there"
     shutil.copytree(RAW_DIR, folder)
     content = bytearray((folder / datafile.FILES[0]).read_bytes())
     content[-1] ^= 1

@@ -225,6 +225,38 @@ def test_only_expected_errors_are_one_line(fit, call, monkeypatch, error, expect
                 run()
 
 
+def test_running_out_of_memory_while_a_graph_is_captured_is_a_one_line_error(capsys):
+    """The end of the capture raises another exception, without a name of its own."""
+    with pytest.raises(SystemExit) as ended, exits.exit_on_error(memory_advice="try less"):
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    assert str(ended.value).endswith("error: out of memory: try less")
+
+
+def test_what_one_run_has_saved_is_not_said_of_the_next(fit, monkeypatch, small_data):
+    """Both in one process, as in a notebook."""
+    fit("--model", "Model_1", "--epochs", 1)
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train_epoch", interrupt)
+    ended = fit("--model", "Model_1", "--epochs", 1, check=False)
+    assert (ended.returncode, ended.stderr) == (130, "Interrupted: nothing is saved yet\n")
+
+
+def test_a_worker_that_dies_is_one_line_for_the_others(monkeypatch):
+    def fail(values, value):
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(devices.distributed, "WORLD_SIZE", 2)
+    monkeypatch.setattr(devices.distributed.dist, "all_gather_object", fail)
+    with pytest.raises(exits.RunError, match="another process of torchrun has stopped"):
+        devices.distributed.barrier()
+
+
 def test_a_batch_too_large_for_any_machine_is_a_one_line_error(fit, monkeypatch):
     """PyTorch's own error."""
     monkeypatch.setattr(train, "augment", lambda images, background: images.new_empty(10**15))

@@ -35,6 +35,14 @@ def test_the_table_of_runs_has_each_accuracy_in_its_column(capsys):
     )
 
 
+def test_the_columns_fit_long_seeds(capsys):
+    result = RunResult(0.9, 0.8, torch.eye(10)[:4], torch.tensor([0, 1, 2, 3]))
+    print_runs("Model_1", {"seed 20241128": result, "seed 20241129": result})
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert {line.index("90.00%") for line in lines[1:5]} == {lines[0].index("Validation")}
+    assert {line.index("80.00%") for line in lines[1:5]} == {lines[0].index("Test")}
+
+
 def test_digits_that_a_data_set_does_not_have_are_left_out_of_the_recall(capsys):
     labels = torch.tensor([0, 0, 7, 7])
     metrics.print_scores("title", torch.eye(10)[[0, 1, 7, 7]], labels)

@@ -69,6 +69,15 @@ def test_a_blank_image_gives_finite_logits_and_gradients(model, images):
     assert loss.isfinite() and all(tensor.grad.isfinite().all() for tensor in (images, *model.parameters()))
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e-5])
+def test_the_noise_of_a_blank_image_is_not_amplified_to_a_digit(images, scale):
+    """Deskew divides by the range of an image, but by no less than 0.001."""
+    ink = Deskew()(scale * images)
+    assert 0 < ink.max() < 10 * Deskew.INK * scale / 1e-3
+    whole = Deskew()(images)
+    assert whole.max() > 0.5 * Deskew.INK
+
+
 @pytest.mark.parametrize("name", ["Model_2", "Model_3"])
 def test_logits_do_not_depend_on_the_value_range(name, mnist):
     torch.manual_seed(0)
