@@ -163,7 +163,7 @@ def print_header(name, args, state, loaders, with_summary):
     training, validation, test = (f"{len(loader.dataset):,}" for loader in loaders[:3])
     print(f"Images: {training} for training, {validation} for validation, {test} for testing\n")
     if with_summary:
-        print_summary(MODELS[name]().eval())
+        print_summary(MODELS[name])
 
 
 def run_epoch(state, loaders, augmented):

@@ -46,12 +46,13 @@ def ensemble_probabilities(logits):
     return torch.stack(list(logits)).softmax(2).mean(0)
 
 
-def print_summary(model):
+def print_summary(model_class):
     """Prints torchsummary's table of layers, if it can show the model, and the number of parameters."""
     table = io.StringIO()
-    # It draws random images, and fails for some layers, such as LSTMs.
-    with contextlib.redirect_stdout(table), torch.random.fork_rng(devices=[]), contextlib.suppress(Exception):
-        summary(model, (1, 28, 28), device="cpu")
+    with contextlib.redirect_stdout(table), torch.random.fork_rng(devices=[]):
+        model = model_class().eval()
+        with contextlib.suppress(Exception):  # torchsummary fails for some layers, such as LSTMs
+            summary(model, (1, 28, 28), device="cpu")
     layers, *_ = table.getvalue().partition("Total params")  # which counts shared parameters twice
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{layers}Parameters: {parameters:,}\n")

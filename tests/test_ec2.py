@@ -66,6 +66,28 @@ def test_the_instance_is_private_and_terminates_itself_after_each_boot():
     assert subprocess.check_output(["sh", "-c", command], text=True) == "-h +480\n"
 
 
+def test_the_defaults_cost_what_the_page_says_and_open_one_port():
+    defaults = {name: parameter.get("Default") for name, parameter in TEMPLATE["Parameters"].items()}
+    choices = {"InstanceType": "g4dn.xlarge", "Hours": 8, "Spot": "false", "Zone": ""}
+    assert defaults == {"Address": None, "PublicKey": None} | choices
+    assert TEMPLATE["Parameters"]["Hours"]["MinValue"] == 1
+    port = {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22, "CidrIp": {"Ref": "Address"}}
+    assert RESOURCES["SecurityGroup"]["SecurityGroupIngress"] == [port]
+    data = RESOURCES["LaunchTemplate"]["LaunchTemplateData"]
+    disk = data["BlockDeviceMappings"][0]
+    assert (disk["DeviceName"], disk["Ebs"]["VolumeSize"], disk["Ebs"]["VolumeType"]) == (
+        "/dev/sda1",
+        100,
+        "gp3",
+    )
+    assert (data["ImageId"]["Fn::If"][0], data["InstanceType"]) == ("HasGPU", {"Ref": "InstanceType"})
+    assert TEMPLATE["Conditions"] == {
+        "HasGPU": {"Fn::Not": [{"Fn::Equals": [{"Ref": "InstanceType"}, "c7i.large"]}]},
+        "HasZone": {"Fn::Not": [{"Fn::Equals": [{"Ref": "Zone"}, ""]}]},
+        "IsSpot": {"Fn::Equals": [{"Ref": "Spot"}, "true"]},
+    }
+
+
 WRONG = {"Address": ["203.0.113.7", "0.0.0.0/0", "256.1.1.1/32", "1.2.3.4.5/32"], "PublicKey": ["", KEY[12:]]}
 
 

@@ -130,6 +130,26 @@ def test_an_ensemble_prints_the_mean_of_its_softmax_outputs_and_the_warning(call
     assert output.endswith("; this looks like more than one digit\n")
 
 
+def test_the_plots_are_of_the_ensemble(call, tmp_path, monkeypatch):
+    """Of its probabilities: the matrix has as many errors as are printed."""
+    given = []
+    monkeypatch.setattr(plots, "save_evaluation", lambda *arguments: given.extend(arguments))
+    paths = [WEIGHTS / "Model_1.pth", WEIGHTS / "Model_3.pth"]
+    output = call("evaluate.py", *paths, "--device", "cpu", "--plot", "plots").stdout
+    errors = re.findall(r"\((\d+) errors\)", output)
+    models_, images, probabilities, labels, folder = given
+    assert int(errors[2]) == (probabilities.argmax(1) != labels).sum() != int(errors[0])
+    assert [type(model).__name__ for model in models_] == ["Model_1", "Model_3"] and len(images) == 10_000
+    assert folder == Path("plots")
+
+
+def test_only_64_images_are_plotted_and_the_others_are_counted(call, tmp_path):
+    seven().save(tmp_path / "seven.png")
+    options = "--device", "cpu", "--plot", "plots", "--images", *["seven.png"] * 66
+    output = call("evaluate.py", WEIGHTS / "Model_1.pth", *options).stdout
+    assert "seen.png shows the first 64 of 66 images\n" in output
+
+
 def test_the_model_flag_chooses_the_class_and_patterns_name_checkpoints(call, tmp_path):
     shutil.copy(WEIGHTS / "Model_1.pth", tmp_path / "best_a.pth")
     options = "--device", "cpu"

@@ -347,6 +347,41 @@ def test_pillows_limit_may_be_off_and_no_setting_of_pythons_warnings_is_touched(
     assert torch.equal(reading.read_digit(tmp_path / "seven.png"), expected) and warnings.filters == filters
 
 
+@pytest.mark.parametrize(
+    "suffix", ["avif", "bmp", "gif", "jpeg", "JPG", "pgm", "png", "ppm", "tif", "TIFF", "webp"]
+)
+def test_each_kind_of_image_is_found_and_read(tmp_path, suffix):
+    try:
+        seven(mode="RGB").save(tmp_path / f"seven.{suffix}")
+    except (KeyError, OSError, ValueError):
+        pytest.skip("this Pillow cannot write it")
+    images, others, errors = reading.find_images([tmp_path])
+    assert (images, others, errors) == ([tmp_path / f"seven.{suffix}"], [], [])
+    difference = reading.read_digit(images[0]).int() - reading.read_digit(seven()).int()
+    assert difference.abs().float().mean() < 8
+
+
+def test_a_photo_with_its_preview_is_one_page(tmp_path):
+    seven(mode="RGB").save(tmp_path / "photo.mpo", save_all=True, append_images=[seven(60, mode="RGB")])
+    with Image.open(tmp_path / "photo.mpo") as photo:
+        assert (photo.format, photo.n_frames) == ("MPO", 2)
+    assert reading.read_digit_and_warning(tmp_path / "photo.mpo")[1] == ""
+
+
+def test_a_smaller_digit_beside_a_large_one_gets_the_warning():
+    page = Image.new("L", (400, 260), 255)
+    page.paste(seven(240), (0, 0))
+    page.paste(seven(170), (225, 40))
+    assert reading.read_digit_and_warning(page)[1] == "this looks like more than one digit"
+
+
+@pytest.mark.parametrize("paper, ink", [(255, 0), (0, 255), (230, 60), (40, 200)])
+@pytest.mark.parametrize("size", [28, 200, 1_500])
+def test_ink_is_light_on_dark_whatever_it_was(paper, ink, size):
+    digit = reading.read_digit(seven(size, ink, paper)).float() / 255
+    assert digit[[0, -1]].sum() + digit[:, [0, -1]].sum() < 5 and 60 < digit.sum() < 150
+
+
 def test_a_directory_that_cannot_be_read_is_reported(tmp_path, monkeypatch, call):
     """Simulated: an administrator, as in CI, can read all."""
     walk = reading.os.walk
