@@ -88,9 +88,8 @@ def read_digit_and_warning(source):
         ]
         closer, _ = find_digit(picture.crop(box))
         digit = digit if closer is None else closer
-    if pages > 1:
-        warning = f"only the first of {pages} pages was read"
-    return center(digit), warning
+    pages_warning = f"only the first of {pages} pages was read" if pages > 1 else ""
+    return center(digit), "; ".join(filter(None, [warning, pages_warning]))
 
 
 def find_digit(picture):
@@ -338,7 +337,8 @@ def to_grayscale(image):
     color = image.convert("RGB")
     alpha = image.getchannel("A")
     if alpha.getextrema()[0] < 255 and (box := alpha.getbbox()):
-        # Transparent pixels are background. So is the median color of an opaque part with a second color.
+        # Transparent pixels get the background: the median color of the opaque part if that has two colors,
+        # else black or white, whichever is further from it.
         opaque = ImageStat.Stat(color.convert("L"), mask=alpha)
         if ImageStat.Stat(alpha.crop(box)).mean[0] > 127 and opaque.stddev[0] > 20:
             color, alpha = color.crop(box), alpha.crop(box)
