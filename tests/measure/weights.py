@@ -1,9 +1,9 @@
 """Copies the files of models/weights from many runs: for each model, from the run with the best validation.
 
-    torchrun --nproc-per-node=2 train.py --model all --seed 1000 --runs 20 --output-dir runs
+    torchrun --nproc-per-node=2 train.py --model all --seed 2000 --runs 20 --output-dir runs
     python tests/measure/weights.py runs
 
-About an hour on two cores. The lowest seed wins ties; the test set is not used.
+About an hour on two vCPUs. The lowest seed wins ties; the test set is not used.
 """
 
 import argparse
