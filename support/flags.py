@@ -24,9 +24,9 @@ def int_between(lowest, highest):
 
 
 def positive_number(text):
-    """Argument type for numbers greater than 0 and at most 1,000."""
-    if not 0 < float(text) <= 1_000:
-        raise argparse.ArgumentTypeError(f"must be greater than 0 and at most 1,000, not {text}")
+    """Argument type for numbers greater than 0 and at most 1e30, which float32 can multiply."""
+    if not 0 < float(text) <= 1e30:
+        raise argparse.ArgumentTypeError(f"must be greater than 0 and at most 1e30, not {text}")
     return float(text)
 
 
