@@ -102,10 +102,7 @@ def epoch_to_keep(history):
     Differences up to `TOLERANCE` are noise, and weights that were trained for longer tend to be better.
     """
     accuracies = [epoch["validation_accuracy"] for epoch in history]
-    lowest = (
-        max(accuracies) - TOLERANCE - 1e-9
-    )  # a difference of exactly `TOLERANCE` counts in spite of rounding
-    return max(epoch for epoch, accuracy in enumerate(accuracies, 1) if accuracy >= lowest)
+    return max(i for i, value in enumerate(accuracies, 1) if value >= max(accuracies) - TOLERANCE)
 
 
 class TrainingState:

@@ -7,6 +7,7 @@ import zlib
 
 import fonts
 import handwriting
+import photos
 import pytest
 import torch
 from PIL import Image, ImageChops, ImageDraw, PngImagePlugin
@@ -255,6 +256,15 @@ def test_lines_and_frames_leave_nothing_behind():
     assert difference(seven_on_a_page(), framed) < 0.1
 
 
+def test_digits_of_mnist_on_unevenly_lit_paper_are_read():
+    images, labels = datafile.read_split(RAW_DIR, "train")
+    generator = random.Random(0)
+    torch.manual_seed(0)
+    margins = 30, 60, 40, 90
+    pictures = [photos.photo(photos.enlarged(x.numpy(), 120), generator, margins) for x in images[:60]]
+    assert photos.score(checkpoint.load(WEIGHTS / "Model_3.pth"), pictures, labels[:60]) >= 0.98
+
+
 def test_color_alone_separates_ink_from_paper():
     """Red on green of the same lightness."""
     page = Image.composite(
@@ -371,7 +381,7 @@ def test_a_photo_with_its_preview_is_one_page(tmp_path):
 def test_a_smaller_digit_beside_a_large_one_gets_the_warning():
     page = Image.new("L", (400, 260), 255)
     page.paste(seven(240), (0, 0))
-    page.paste(seven(170), (225, 40))
+    page.paste(seven(170).crop((40, 40, 130, 130)), (290, 80))
     assert reading.read_digit_and_warning(page)[1] == "this looks like more than one digit"
 
 
