@@ -172,11 +172,10 @@ def find_raw_dir(data_dir):
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         raise DataError(f"{data_dir}: no such directory; create it to download MNIST there")
-    similar = []
+    files = []
     for pattern in "*", "*/*", "*/*/*":
-        for path in sorted(data_dir.glob(pattern)):
-            if ("idx" in path.name.lower() or "ubyte" in path.name.lower()) and path.is_file():
-                similar.append(path)
+        files += [path for path in sorted(data_dir.glob(pattern)) if path.is_file()]
+    similar = [path for path in files if "idx" in path.name.lower() or "ubyte" in path.name.lower()]
     folders = dict.fromkeys(path.parent for path in similar)
     complete = [folder for folder in folders if len(find_files(folder)) == len(FILES)]
     if len(complete) > 1:
@@ -191,9 +190,9 @@ def find_raw_dir(data_dir):
         reason = f"not {', '.join(missing)}" if missing else "not in one directory"
         advice = "put the four files in one directory, or pass an empty one to download MNIST"
         raise DataError(f"{data_dir} has {present}, but {reason}: {advice}")
-    own = [path.name for path in sorted(data_dir.iterdir()) if path.is_file() and path.name[0] != "."]
-    if [name for name in own if name != "README.md"]:
-        others = f"{data_dir} has no data set but other files ({own[0]}, ...)"
+    own = [path for path in files if path.name[0] != "." and path.name != "README.md"]
+    if own:
+        others = f"{data_dir} has no data set but other files ({own[0].relative_to(data_dir)}, ...)"
         raise DataError(f"{others}: pass the directory of the data set, or an empty one to download MNIST")
     return download(data_dir)
 

@@ -97,9 +97,9 @@ def train_epoch(model, average_model, loader, optimizer, epoch, augmented=True):
             correct.append((logits.argmax(1) == labels).sum())
             seen += len(labels)
             if show_bar and step % 50 == 0:
-                bar.set_postfix_str(
-                    f"loss {sum(losses) / seen:.3f}, {sum(correct) / seen:.2%}", refresh=False
-                )
+                mean_loss = torch.stack(losses).sum() / seen
+                mean_accuracy = torch.stack(correct).sum() / seen
+                bar.set_postfix_str(f"loss {mean_loss:.3f}, {mean_accuracy:.2%}", refresh=False)
     losses = torch.stack(losses).cpu()
     correct = torch.stack(correct).cpu()
     if not losses.isfinite().all():

@@ -357,10 +357,14 @@ def test_a_directory_with_the_name_of_a_file_is_no_file(few_images, no_download)
     assert all(str(Path(name, name)) in str(caught.value) for name in datafile.FILES)
 
 
-def test_nothing_is_downloaded_beside_other_files(tmp_path, no_download):
-    (tmp_path / "digits.csv").touch()
-    with pytest.raises(datafile.DataError, match=r"no data set but other files \(digits.csv, ...\)"):
+@pytest.mark.parametrize("name", ["digits.csv", "7/digit.png"])
+def test_nothing_is_downloaded_beside_other_files(tmp_path, no_download, name):
+    (tmp_path / "README.md").touch()
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).touch()
+    with pytest.raises(datafile.DataError) as caught:
         datafile.get_loaders(data_dir=tmp_path)
+    assert f"no data set but other files ({Path(name)}, ...)" in str(caught.value)
 
 
 def test_a_mistyped_directory_is_an_error_and_not_created(tmp_path, no_download):
