@@ -145,16 +145,14 @@ def read_split(raw_dir, prefix):
     return images, labels
 
 
-def standard_name(path):
-    """Returns the name of a file without .gz, in lower case, and spelled as in `FILES`."""
-    return path.name.lower().removesuffix(".gz").replace(".idx", "-idx")
-
-
 def find_files(folder):
-    """Returns {name: path} of the files in a directory that have a name in `FILES` (see `standard_name`)."""
+    """Returns {name: path} of the files in a directory that have a name in `FILES`.
+
+    Case does not matter; a suffix .gz and ".idx" in place of "-idx" are allowed.
+    """
     found = {}
     for path in sorted(folder.iterdir()):
-        name = standard_name(path)
+        name = path.name.lower().removesuffix(".gz").replace(".idx", "-idx")
         if name in FILES and path.is_file():
             found.setdefault(name, path)
     return found
@@ -175,25 +173,19 @@ def find_raw_dir(data_dir):
     files = []
     for pattern in "*", "*/*", "*/*/*":
         files += [path for path in sorted(data_dir.glob(pattern)) if path.is_file()]
-    similar = [path for path in files if "idx" in path.name.lower() or "ubyte" in path.name.lower()]
-    folders = dict.fromkeys(path.parent for path in similar)
+    folders = dict.fromkeys(path.parent for path in files)
     complete = [folder for folder in folders if len(find_files(folder)) == len(FILES)]
     if len(complete) > 1:
         found = " and ".join(map(str, complete))
         raise DataError(f"{found} are two data sets: pass one of them as --data-dir")
     if complete:
         return complete[0]
-    if similar:
-        present = ", ".join(str(path.relative_to(data_dir)) for path in similar)
-        names = {standard_name(path) for path in similar}
-        missing = [name for name in FILES if name not in names]
-        reason = f"not {', '.join(missing)}" if missing else "not in one directory"
+    others = [str(path) for path in files if path.name[0] != "." and path.name != "README.md"]
+    if others:
+        found = f"no directory in {data_dir} has all of {', '.join(FILES)}, only {', '.join(others[:4])}"
+        more = f" and {len(others) - 4} other files" if len(others) > 4 else ""
         advice = "put the four files in one directory, or pass an empty one to download MNIST"
-        raise DataError(f"{data_dir} has {present}, but {reason}: {advice}")
-    own = [path for path in files if path.name[0] != "." and path.name != "README.md"]
-    if own:
-        others = f"{data_dir} has no data set but other files ({own[0].relative_to(data_dir)}, ...)"
-        raise DataError(f"{others}: pass the directory of the data set, or an empty one to download MNIST")
+        raise DataError(f"{found}{more}: {advice}")
     return download(data_dir)
 
 

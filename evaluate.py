@@ -65,7 +65,7 @@ def evaluate(models, args):
         print_scores(f"Ensemble of {len(models)} models", probabilities, labels)
     if args.plot:
         images = loader.dataset.tensors[0].cpu()
-        plots.save_evaluation(models, images, probabilities, labels, args.plot)
+        plots.save_evaluation(images, probabilities, labels, args.plot)
 
 
 @torch.no_grad()

@@ -1,8 +1,7 @@
 """Train a tiny MNIST classifier and report its test accuracy.
 
 python train.py                                  # Model_3, the most accurate one
-python train.py --model Model_1 --seed 1
-python train.py --model all --output-dir runs
+python train.py --model all --seed 1 --output-dir runs
 python train.py --resume                         # resume an interrupted run
 python train.py --runs 10                        # seeds 0 to 9: mean, spread and ensemble
 torchrun --nproc-per-node=2 train.py --folds 5   # cross-validation, two folds at a time
@@ -12,6 +11,7 @@ from support import startup  # noqa: F401  # isort: skip  # before PyTorch is im
 
 import argparse
 import contextlib
+import math
 import sys
 import time
 from collections import defaultdict
@@ -28,7 +28,6 @@ from datafile import BACKGROUND, DATA_DIR, describe, find_raw_dir, get_loaders
 from models import MODELS
 from support import checkpoint, devices, distributed, exits, files, plots
 from support.augmentation import augment
-from support.checkpoint import TrainingState
 from support.flags import format_flag, int_between, path_type, positive_number
 from support.metrics import RunResult, accuracy, predict, print_epoch, print_runs, print_summary
 
@@ -67,14 +66,13 @@ def train_epoch(model, average_model, loader, optimizer, epoch, augmented=True):
         Mean training loss and accuracy (a fraction), accumulated during the epoch.
 
     Raises:
-        FloatingPointError: the loss of a step is not finite.
+        FloatingPointError: the loss is not finite.
     """
     model.train()
     current = floating_point_tensors(model)
     average = floating_point_tensors(average_model)
-    lr = optimizer.param_groups[0]["lr"]
-    losses = []  # sums over the batches; on the device, to avoid synchronization
-    correct = []
+    total_loss = 0  # a tensor on the device after the first step, as is `correct`: no synchronization
+    correct = 0
     seen = 0
 
     def compute_gradients(images, labels):
@@ -93,20 +91,15 @@ def train_epoch(model, average_model, loader, optimizer, epoch, augmented=True):
             optimizer.step()
             steps = (epoch - 1) * len(loader) + step
             update_average(average, current, AVERAGED / (AVERAGED + steps))
-            losses.append(loss * len(labels))
-            correct.append((logits.argmax(1) == labels).sum())
+            total_loss += loss * len(labels)
+            correct += (logits.argmax(1) == labels).sum()
             seen += len(labels)
             if show_bar and step % 50 == 0:
-                mean_loss = torch.stack(losses).sum() / seen
-                mean_accuracy = torch.stack(correct).sum() / seen
-                bar.set_postfix_str(f"loss {mean_loss:.3f}, {mean_accuracy:.2%}", refresh=False)
-    losses = torch.stack(losses).cpu()
-    correct = torch.stack(correct).cpu()
-    if not losses.isfinite().all():
-        step = int(losses.isfinite().int().argmin()) + 1
-        where = f"in epoch {epoch}, step {step}, at learning rate {lr:g}"
-        raise FloatingPointError(f"the loss became {losses[step - 1]} {where}: try a lower --lr")
-    return sum(losses.tolist()) / seen, sum(correct.tolist()) / seen
+                bar.set_postfix_str(f"loss {total_loss / seen:.3f}, {correct / seen:.2%}", refresh=False)
+    mean_loss = float(total_loss) / seen
+    if not math.isfinite(mean_loss):
+        raise FloatingPointError(f"the loss became {mean_loss} in epoch {epoch}: try a lower --lr")
+    return mean_loss, int(correct) / seen
 
 
 def floating_point_tensors(model):
@@ -127,43 +120,30 @@ def update_average(average, current, fraction):
     torch._foreach_add_(average, current, alpha=fraction)
 
 
-def get_settings(name, args, seed, fold, digest):
-    """Returns {flag: value} of what determines a run's result: all flags but `RESUMABLE`, and the data."""
-    settings = {}
-    for destination, value in vars(args).items():
-        if destination not in RESUMABLE:
-            settings[f"--{destination.replace('_', '-')}"] = value
-    lr = args.lr or OPTIMIZERS[args.optimizer][1] * RECIPES[name].lr
-    settings |= {"--model": name, "--lr": lr, "--seed": seed, "--data-dir": digest}
-    if fold:
-        settings["--folds"] = f"{fold[1]} (fold {fold[0]})"
-    return settings
-
-
 def create_training_state(name, args, seed, fold, loaders):
-    """Returns a new `TrainingState` for the model with this name."""
-    settings = get_settings(name, args, seed, fold, loaders.digest)
+    """Returns a new `TrainingState`; its settings are all flags but `RESUMABLE`, and the data's digest."""
+    settings = {flag: value for flag, value in vars(args).items() if flag not in RESUMABLE}
+    settings |= {"model": name, "seed": seed, "data_dir": loaders.digest}
+    settings["lr"] = args.lr or OPTIMIZERS[args.optimizer][1] * RECIPES[name].lr
+    if fold:
+        settings["folds"] = f"{fold[1]} (fold {fold[0]})"
     torch.manual_seed(seed)
     model = MODELS[name]().to(args.device)
     optimizer_class, _ = OPTIMIZERS[args.optimizer]
-    optimizer = optimizer_class(model.parameters(), lr=settings["--lr"])
+    optimizer = optimizer_class(model.parameters(), lr=settings["lr"])
     scheduler = ReduceLROnPlateau(optimizer, **PLATEAU)
-    return TrainingState(model, optimizer, scheduler, loaders.generator, settings)
+    return checkpoint.TrainingState(model, optimizer, scheduler, loaders.generator, settings)
 
 
-def print_header(name, args, state, loaders, with_summary):
+def print_header(name, args, state, loaders):
     """Prints what will be run."""
-    typed = []
-    for flag, value in state.settings.items():
-        if flag not in ("--model", "--data-dir"):
-            typed.append(format_flag(flag, value))
-    print(f"{name} on {args.device}: {' '.join(typed)}")
+    settings = state.settings.items()
+    flags = [format_flag(flag, value) for flag, value in settings if flag not in ("model", "data_dir")]
+    print(f"{name} on {args.device}: {' '.join(flags)}")
     print(f"PyTorch {torch.__version__}, CPU threads: {torch.get_num_threads()}")
     print(describe(loaders.raw_dir, loaders.digest))
-    training, validation, test = (f"{len(loader.dataset):,}" for loader in loaders[:3])
-    print(f"Images: {training} for training, {validation} for validation, {test} for testing\n")
-    if with_summary:
-        print_summary(MODELS[name])
+    sizes = [f"{len(loader.dataset):,}" for loader in loaders[:3]]
+    print("Images: {} for training, {} for validation, {} for testing\n".format(*sizes))
 
 
 def run_epoch(state, loaders, augmented):
@@ -180,14 +160,15 @@ def run_epoch(state, loaders, augmented):
     logits, labels = predict(state.average_model, loaders.validation)
     validation_accuracy = accuracy(logits, labels)
     state.scheduler.step(validation_accuracy)
-    metrics = {
-        "lr": lr,
-        "training_loss": loss,
-        "training_accuracy": training_accuracy,
-        "validation_loss": cross_entropy(logits, labels).item(),
-        "validation_accuracy": validation_accuracy,
-    }
-    state.add_epoch(metrics)
+    state.add_epoch(
+        {
+            "lr": lr,
+            "training_loss": loss,
+            "training_accuracy": training_accuracy,
+            "validation_loss": cross_entropy(logits, labels).item(),
+            "validation_accuracy": validation_accuracy,
+        }
+    )
 
 
 def train(name, args, seed, fold=None):
@@ -202,12 +183,10 @@ def train(name, args, seed, fold=None):
     best_path = args.output_dir / f"best_{name}{suffix}.pth"
     loaders = get_loaders(args.batch_size, seed, args.device, args.data_dir, fold, args.augment)
     state = create_training_state(name, args, seed, fold, loaders)
+    print_header(name, args, state, loaders)
     resumed = args.resume and last_path.exists()
     if resumed:
         state.resume(last_path, best_path)
-    is_first = seed == args.seed and (fold is None or fold[0] == 1)
-    print_header(name, args, state, loaders, with_summary=is_first)
-    if resumed:
         print(f"Resuming from {last_path} (epoch {len(state.history)})")
     else:
         if args.resume:
@@ -300,6 +279,7 @@ def main():
                 find_raw_dir(args.data_dir)  # may download it
             distributed.barrier()
             for name in MODELS if args.model == "all" else [args.model]:
+                print_summary(MODELS[name])
                 if args.runs or args.folds:
                     train_runs(name, args)
                 else:

@@ -110,12 +110,9 @@ class P4MConv2d(nn.Module):
         self.shape = index.shape
         self.register_buffer("index", index.flatten(), persistent=False)
 
-    def kernels(self):
-        """Returns the filters in all orientations: (8 * filters, orientations * in_filters, size, size)."""
-        return self.weight.flatten().index_select(0, self.index).view(self.shape).permute(0, 3, 1, 2)
-
     def forward(self, images):
-        return F.conv2d(images, self.kernels(), None, self.stride, self.padding)
+        kernels = self.weight.flatten().index_select(0, self.index).view(self.shape).permute(0, 3, 1, 2)
+        return F.conv2d(images, kernels, None, self.stride, self.padding)
 
 
 class P4MReadout(nn.Module):

@@ -15,7 +15,7 @@ from support.files import write_atomically
 from support.flags import format_flag
 
 TOLERANCE = 0.001  # the standard error of an accuracy of 99.5% over 5,000 images
-VERSION = 8  # of the training state; increment it when the contents or their meaning change
+VERSION = 9  # of the training state; increment it when the contents or their meaning change
 
 
 class CheckpointError(RunError):
@@ -86,14 +86,10 @@ def load(path, model_name=None):
     if len(fitting) > 1:
         found = " and ".join(type(model).__name__ for model in fitting)
         raise CheckpointError(f"{path} fits {found}: choose one with --model")
-    if name := find_not_finite(fitting[0]):
-        raise CheckpointError(f"{path}: {name} has values that are not finite")
+    for name, value in fitting[0].named_parameters():
+        if not value.isfinite().all():
+            raise CheckpointError(f"{path}: {name} has values that are not finite")
     return fitting[0].eval()
-
-
-def find_not_finite(model):
-    """Returns the name of the first parameter of a model with values that are not finite, or None."""
-    return next((name for name, value in model.named_parameters() if not value.isfinite().all()), None)
 
 
 def epoch_to_keep(history):
@@ -206,7 +202,7 @@ class TrainingState:
         for flag, value in self.settings.items():
             if settings[flag] != value:
                 other = f"{format_flag(flag, settings[flag])}, not {format_flag(flag, value)}"
-                if flag == "--data-dir":  # its value is a digest
+                if flag == "data_dir":  # its value is a digest
                     other = "other images in --data-dir"
                 advice = "use its flags, or another --output-dir"
                 raise CheckpointError(f"{path} was saved with {other}: {advice}")

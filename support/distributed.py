@@ -10,9 +10,10 @@ import torch.distributed as dist
 
 from support.exits import RunError
 
-RANK, WORLD_SIZE, LOCAL_RANK = 0, 1, 0
-if dist.is_available() and dist.is_torchelastic_launched():  # else the variables are stale
-    RANK, WORLD_SIZE, LOCAL_RANK = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+LAUNCHED = dist.is_available() and dist.is_torchelastic_launched()  # else the variables are stale
+RANK = int(os.environ["RANK"]) if LAUNCHED else 0
+WORLD_SIZE = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
+LOCAL_RANK = int(os.environ["LOCAL_RANK"]) if LAUNCHED else 0
 
 
 @contextlib.contextmanager

@@ -31,7 +31,8 @@ def positive_number(text):
 
 
 def format_flag(flag, value):
-    """Returns a flag and its value as one types them, such as "--lr 0.01" or "--no-augment"."""
+    """Returns a flag and its value as one types them: ("lr", 0.01) is "--lr 0.01"."""
+    flag = flag.replace("_", "-")
     if isinstance(value, bool):
-        return flag if value else flag.replace("--", "--no-", 1)
-    return f"{flag} {value}"
+        return f"--{flag}" if value else f"--no-{flag}"
+    return f"--{flag} {value}"

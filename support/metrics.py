@@ -49,10 +49,9 @@ def ensemble_probabilities(logits):
 def print_summary(model_class):
     """Prints torchsummary's table of layers, if it can show the model, and the number of parameters."""
     table = io.StringIO()
-    with contextlib.redirect_stdout(table), torch.random.fork_rng(devices=[]):
-        model = model_class().eval()
-        with contextlib.suppress(Exception):  # torchsummary fails for some layers, such as LSTMs
-            summary(model, (1, 28, 28), device="cpu")
+    model = model_class().eval()
+    with contextlib.redirect_stdout(table), contextlib.suppress(Exception):  # it fails for LSTMs, for one
+        summary(model, (1, 28, 28), device="cpu")
     layers, *_ = table.getvalue().partition("Total params")  # which counts shared parameters twice
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{layers}Parameters: {parameters:,}\n")

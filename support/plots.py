@@ -5,9 +5,7 @@ import io
 import math
 
 import torch
-from torch import nn
 
-from models.layers import P4MConv2d
 from support.exits import RunError
 from support.files import create_directory, write_atomically
 
@@ -81,28 +79,15 @@ def curves(history, kept_epoch):
     return fig
 
 
-def grid(images, titles=None, heading=None, **options):
-    """Plots images (N, H, W), eight a row, with titles and a heading; returns the figure.
-
-    Args:
-        titles: a string for each image.
-        options: of matplotlib's `imshow`.
-    """
+def grid(images, titles):
+    """Plots images (N, H, W), eight a row, each with a title; returns the figure."""
     rows = math.ceil(len(images) / 8)
-    height = 1.1 * rows
-    if titles:
-        height += 0.25 * rows
-    if heading:
-        height += 0.4
-    fig, axes = new_figure(1.1 * 8, height, rows, 8)
-    fig.suptitle(heading)
+    fig, axes = new_figure(8.8, 1.35 * rows, rows, 8)
     for ax in axes.flat:
         ax.axis("off")
-    for index, image in enumerate(images):
-        ax = axes.flat[index]
-        ax.imshow(image.detach().cpu().numpy(), **({"cmap": "gray_r"} | options))
-        if titles:
-            ax.set_title(titles[index], fontsize=9)
+    for ax, image, title in zip(axes.flat, images, titles):
+        ax.imshow(image.numpy(), cmap="gray_r")
+        ax.set_title(title, fontsize=9)
     return fig
 
 
@@ -121,17 +106,14 @@ def confusion(predictions, labels):
     return fig
 
 
-def save_evaluation(models, images, probabilities, labels, folder):
-    """Saves plots of the confusion matrix, the most confident errors and the filters of the first layer.
-
-    Plots of an earlier evaluation are replaced, or deleted if this one has none of that kind.
+def save_evaluation(images, probabilities, labels, folder):
+    """Saves `confusion.png` and, if there are errors, `mistakes.png`: up to 24, the most confident first.
 
     Args:
-        models: in evaluation mode, on any device. The tensors are on the CPU.
-        images: normalized, float32 (N, 1, 28, 28).
-        probabilities: the predictions of the models' ensemble, float32 (N, 10).
+        images: normalized, float32 (N, 1, 28, 28). All tensors are on the CPU.
+        probabilities: predictions, float32 (N, 10).
         labels: int64 (N,).
-        folder: directory for the PNG files.
+        folder: directory for the PNG files. A `mistakes.png` of an earlier evaluation does not stay.
     """
     confidences, predictions = probabilities.max(1)
     save(folder / "confusion.png", confusion, predictions, labels)
@@ -143,13 +125,3 @@ def save_evaluation(models, images, probabilities, labels, folder):
         save(folder / "mistakes.png", grid, images[wrong, 0], titles)
     else:
         (folder / "mistakes.png").unlink(missing_ok=True)
-
-    layers = [layer for layer in models[0].modules() if isinstance(layer, (nn.Conv2d, P4MConv2d))]
-    if layers:
-        filters = layers[0].kernels() if isinstance(layers[0], P4MConv2d) else layers[0].weight
-        filters = filters[:, 0].detach().cpu()
-        limit = filters.abs().max().item()
-        heading = f"First-layer filters of {type(models[0]).__name__}"
-        save(folder / "filters.png", grid, filters, None, heading, cmap="PuOr", vmin=-limit, vmax=limit)
-    else:
-        (folder / "filters.png").unlink(missing_ok=True)

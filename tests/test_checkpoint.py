@@ -253,11 +253,11 @@ def test_a_state_of_another_version_is_rejected(file, state, tmp_path, version):
 @pytest.mark.parametrize(
     "flag, value, words",
     [
-        ("--model", "Model_1", "--model Model_3, not --model Model_1"),
-        ("--seed", 7, "--seed 0, not --seed 7"),
-        ("--batch-size", 64, "--batch-size 128, not --batch-size 64"),
-        ("--lr", 0.5, "--lr 0.01, not --lr 0.5"),
-        ("--augment", False, "--augment, not --no-augment"),
+        ("model", "Model_1", "--model Model_3, not --model Model_1"),
+        ("seed", 7, "--seed 0, not --seed 7"),
+        ("batch_size", 64, "--batch-size 128, not --batch-size 64"),
+        ("lr", 0.5, "--lr 0.01, not --lr 0.5"),
+        ("augment", False, "--augment, not --no-augment"),
     ],
 )
 def test_a_flag_that_differs_is_named_as_one_types_it(state, state_file, flag, value, words):

@@ -307,8 +307,9 @@ def data_dir_of(raw_dir):
 def test_a_missing_file_of_a_data_set_is_named_and_not_replaced_by_mnists(few_images, missing, no_download):
     (few_images / missing).unlink()
     before = sorted(few_images.iterdir())
-    with pytest.raises(datafile.DataError, match=f", but not {missing}: put the four files in one directory"):
+    with pytest.raises(datafile.DataError, match="put the four files in one directory") as caught:
         datafile.get_loaders(data_dir=data_dir_of(few_images))
+    assert [str(few_images / name) in str(caught.value) for name in datafile.FILES].count(False) == 1
     assert sorted(few_images.iterdir()) == before
 
 
@@ -320,8 +321,8 @@ def test_files_with_other_names_are_named_and_not_replaced_by_mnists(few_images,
         with pytest.raises(datafile.DataError) as caught:
             datafile.get_loaders(data_dir=folder)
         for file in datafile.FILES:
-            assert name.format(file) in str(caught.value).split(", but not ")[0]
-            assert file in str(caught.value).split(", but not ")[1]
+            assert file in str(caught.value).split(", only ")[0]
+            assert name.format(file) in str(caught.value).split(", only ")[1]
 
 
 @pytest.mark.parametrize("place", [".", "raw", "FashionMNIST/raw"])
@@ -352,7 +353,7 @@ def test_a_directory_with_the_name_of_a_file_is_no_file(few_images, no_download)
     assert datafile.get_loaders(data_dir=few_images).raw_dir == few_images
     for name in datafile.FILES:
         (few_images / name.replace("-idx", ".idx")).unlink()
-    with pytest.raises(datafile.DataError, match="not in one directory") as caught:
+    with pytest.raises(datafile.DataError, match="put the four files in one directory") as caught:
         datafile.get_loaders(data_dir=few_images)
     assert all(str(Path(name, name)) in str(caught.value) for name in datafile.FILES)
 
@@ -364,7 +365,8 @@ def test_nothing_is_downloaded_beside_other_files(tmp_path, no_download, name):
     (tmp_path / name).touch()
     with pytest.raises(datafile.DataError) as caught:
         datafile.get_loaders(data_dir=tmp_path)
-    assert f"no data set but other files ({Path(name)}, ...)" in str(caught.value)
+    assert f"no directory in {tmp_path} has all of {', '.join(datafile.FILES)}" in str(caught.value)
+    assert f"only {tmp_path / name}: put the four files" in str(caught.value)
 
 
 def test_a_mistyped_directory_is_an_error_and_not_created(tmp_path, no_download):

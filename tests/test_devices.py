@@ -114,7 +114,7 @@ def test_evaluation_and_its_plots_use_the_device_only_for_forward_passes(
     evaluate.evaluate([model], args)
     output = capsys.readouterr().out
     assert "Test Accuracy: " in output and "Latency: " in output
-    assert {path.stem for path in tmp_path.iterdir()} == {"confusion", "mistakes", "filters"}
+    assert {path.stem for path in tmp_path.iterdir()} == {"confusion", "mistakes"}
 
 
 class StandIn:

@@ -128,7 +128,7 @@ class Recurrent(nn.Module):
 def test_what_pytorch_trains_is_trained_and_its_parameters_are_counted_once(fit, call, monkeypatch, tmp_path):
     monkeypatch.setitem(models.MODELS, "Recurrent", Recurrent)
     output = fit("--model", "Recurrent", "--epochs", 2).stdout
-    assert f"\nParameters: {4 * 10 * (28 + 10 + 2) + 100:,}\n" in output and "Test Accuracy" in output
+    assert output.startswith(f"Parameters: {4 * 10 * (28 + 10 + 2) + 100:,}\n") and "Test Accuracy" in output
     state = torch.load(tmp_path / "best_Recurrent.pth", weights_only=True)
     assert torch.equal(state["mask"], Recurrent().mask)
     assert (
