@@ -77,16 +77,10 @@ def read_digit_and_warning(source):
         raise ImageError(f"{name} is empty: nothing stands out from the background")
     top, left, bottom, right = bounding_box(digit > INK)
     side = max(bottom - top, right - left)
-    if side < SIDE / 3 and digit.shape[1] < picture.width:  # once more, in the picture around the digit
-        horizontal = picture.width / digit.shape[1]
-        vertical = picture.height / digit.shape[0]
-        box = [
-            round(max(0, left - side) * horizontal),
-            round(max(0, top - side) * vertical),
-            round(min(digit.shape[1], right + side) * horizontal),
-            round(min(digit.shape[0], bottom + side) * vertical),
-        ]
-        closer, _ = find_digit(picture.crop(box))
+    if side < SIDE / 3:  # once more, in the picture around the digit
+        height, width = digit.shape
+        box = max(0, left - side), max(0, top - side), min(width, right + side), min(height, bottom + side)
+        closer, _ = find_digit(picture.crop([round(edge * picture.width / width) for edge in box]))
         digit = digit if closer is None else closer
     pages_warning = f"only the first of {pages} pages was read" if pages > 1 else ""
     return center(digit), "; ".join(filter(None, [warning, pages_warning]))
@@ -119,15 +113,12 @@ def cut_bars(picture):
     gray = to_tensor(small)
     color = border(gray).median()
     differs = (gray - color).abs() > 12
-    rows = (differs.float().mean(1) > 0.005).nonzero()
-    columns = (differs.float().mean(0) > 0.005).nonzero()
-    if not len(rows) or not len(columns):
+    if not differs.any():
         return picture
-    top, bottom = int(rows[0]), int(rows[-1]) + 1
-    left, right = int(columns[0]), int(columns[-1]) + 1
+    top, left, bottom, right = bounding_box(differs)
     inside = gray[top:bottom, left:right]
-    is_cut = inside.numel() < gray.numel()
-    if not is_cut or inside.numel() < 0.4 * gray.numel() or (border(inside) - color).abs().quantile(0.1) < 30:
+    share = inside.numel() / gray.numel()
+    if share < 0.4 or share == 1 or (border(inside) - color).abs().quantile(0.1) < 30:
         return picture
     scale = picture.width / small.width
     return cut_bars(picture.crop([round(edge * scale) for edge in (left, top, right, bottom)]))
@@ -239,33 +230,21 @@ def largest_group(ink):
     inside[border(labels).bincount(minlength=len(sums)) > min(ink.shape)] = 0  # shadows and frames
     if inside.max() > 0.1 * sums.max():
         sums = inside
-    boxes = {}
-    for label in (sums >= sums.max() / 20).nonzero()[:, 0].tolist():
-        boxes[label] = bounding_box(labels == label)
-    largest = int(sums.argmax())
-    group = {largest: boxes.pop(largest)}
-    gap = 0.15 * max(bottom - top for top, _, bottom, _ in [*group.values(), *boxes.values()])
-    while near := [
-        label for label in boxes if any(is_near(boxes[label], box, gap) for box in group.values())
-    ]:
-        for label in near:
-            group[label] = boxes.pop(label)
-    digit = ink * torch.isin(labels, torch.tensor(list(group)))
+    top, left, bottom, right = bounding_box(labels == sums.argmax())
+    gap = round(0.2 * max(bottom - top, right - left))
+    near = labels[max(0, top - gap) : bottom + gap, max(0, left - gap) : right + gap].unique()
+    group = near[sums[near] > 0]
+    digit = ink * torch.isin(labels, group)
     top, left, bottom, right = bounding_box(digit > INK)
-    height, width = bottom - top, right - left
-    for label, box in boxes.items():
-        if box[2] - box[0] > 0.6 * height or sums[label] > 0.25 * sums[largest]:
-            return digit, "this looks like more than one digit"
-    if len(group) > 1 and width > 1.4 * height:
+    height = bottom - top
+    width = right - left
+    others = sums.clone()
+    others[group] = 0
+    if others.max() > 0.15 * sums.max() or (len(group) > 1 and width > 1.4 * height):
         return digit, "this looks like more than one digit"
     if width > 2.2 * height or pen_width(digit) > 0.33 * max(height, width):
         return digit, "this may not be a digit"
     return digit, ""
-
-
-def is_near(box, other, gap):
-    """Returns True if two boxes (top, left, bottom, right) are at most `gap` apart in both directions."""
-    return all(max(box[i], other[i]) - min(box[i + 2], other[i + 2]) <= gap for i in (0, 1))
 
 
 def center(ink):
@@ -275,7 +254,7 @@ def center(ink):
     if (missing := PEN * max(ink.shape) - pen_width(ink)) > 0:  # thin strokes would become faint
         size = 1 + 2 * math.ceil(missing / 2)
         ink = max_pool2d(ink[None, None], size, 1, size // 2)[0, 0]
-    height, width = (max(1, round(20 * side / max(ink.shape))) for side in ink.shape)
+    height, width = [max(1, round(20 * side / max(ink.shape))) for side in ink.shape]
     digit = interpolate(ink[None, None], (height, width), mode="bilinear", antialias=True)[0, 0]
     digit = (digit / digit.max()).clamp(0, 1)
     image = torch.zeros(28, 28)
