@@ -1,5 +1,6 @@
 import contextlib
 import io
+import math
 import random
 import struct
 import warnings
@@ -84,6 +85,14 @@ def test_transparent_pixels_are_background(tmp_path):
         assert (image - expected).abs().max() <= 8, name
 
 
+def test_a_digit_that_fills_an_image_with_transparent_corners_is_ink():
+    """A thick 1, more than half of the image: its color is no paper with something on it."""
+    image = Image.new("RGBA", (60, 120), (30, 30, 30, 0))
+    ImageDraw.Draw(image).rounded_rectangle((4, 4, 55, 115), 25, fill=(30, 30, 30, 255))
+    digit = reading.read_digit(image).float() / 255
+    assert digit[9:19, 13:15].min() > 0.9 and digit[:, :8].sum() == 0 == digit[:, 20:].sum()
+
+
 def test_a_rotated_photo_is_turned_upright(tmp_path):
     upright = seven(mode="RGB")
     upright.save(tmp_path / "upright.png")
@@ -142,9 +151,10 @@ def test_a_picture_whose_metadata_cannot_be_read_is_read(tmp_path):
             assert torch.equal(reading.read_digit(tmp_path / name), expected), name
 
 
-def test_sixteen_bits_are_read_in_both_byte_orders(tmp_path):
+@pytest.mark.parametrize("scale, lowest", [(200, 1_000), (1, 300)])  # above 255 if only 8 bits were taken
+def test_sixteen_bits_are_read_in_both_byte_orders(tmp_path, scale, lowest):
     expected = reading.read_digit(seven())
-    values = torch.tensor(list(seven().tobytes())).view(200, 200) * 200 + 1000
+    values = torch.tensor(list(seven().tobytes())).view(200, 200) * scale + lowest
     for mode, order in ("I;16", "<u2"), ("I;16B", ">u2"):
         Image.frombytes(mode, (200, 200), values.numpy().astype(order).tobytes()).save(tmp_path / "deep.tif")
         assert (reading.read_digit(tmp_path / "deep.tif").int() - expected.int()).abs().max() <= 2
@@ -179,14 +189,10 @@ def test_a_path_a_file_and_an_image_give_the_same(tmp_path):
 @pytest.mark.parametrize("kind", handwriting.KINDS[:-4], ids=lambda kind: kind.__name__)
 def test_digits_that_are_hard_to_separate_from_their_background_are_read_or_get_a_warning(kind):
     model = checkpoint.load(ROOT / "models" / "weights" / "Model_3.pth")
-    read, warned, other, empty = handwriting.count(model, list(kind())[::2])
-    known = {
-        "soft_pens": 1,
-        "hard_shadows": 1,
-        "straight_stems": 1,
-        "hairlines": 1,
-        "tight_crops": 1,
-    }  # in tests/measure/README.md
+    images = list(kind())
+    images = images[:: math.ceil(len(images) / 40)]
+    read, warned, other, empty = handwriting.count(model, images)
+    known = {"soft_pens": 2, "hard_shadows": 1, "hairlines": 2}  # in tests/measure/README.md
     assert empty == 0 and other <= known.get(kind.__name__, 0)
     assert read >= 0.9 * (read + warned + other) or kind in handwriting.WARNED
 
