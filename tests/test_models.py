@@ -119,9 +119,8 @@ def test_model_2_is_as_described():
 
 def test_model_3_is_as_described():
     model = models.Model_3()
-    assert kinds(model, nn.BatchNorm2d)
-    dropouts = kinds(model, (nn.Dropout, nn.Dropout2d))
-    assert dropouts and all(m.p > 0 for m in dropouts)
+    assert [m.num_features for m in kinds(model, nn.BatchNorm2d)] == [16, 16, 32, 32, 32]
+    assert [m.p for m in kinds(model, nn.Dropout)] == [0.1]
 
 
 def test_filters_start_at_the_size_that_keeps_the_variance():
