@@ -177,9 +177,9 @@ def close(gray):
     corners = is_light[[0, -1]][:, [0, -1]]
     sign = 1 if border(is_light).mean() + corners.mean() > 1 else -1
     smooth = sign * avg_pool2d(gray[None, None], 3, 1, 1, count_include_pad=False)
-    height, width = size = [min(55, length) for length in gray.shape]
+    size = [min(55, length) for length in gray.shape]
     # Dilation, then erosion, with squares inside the image.
-    margins = width - 1, width - 1, height - 1, height - 1
+    margins = size[1] - 1, size[1] - 1, size[0] - 1, size[0] - 1
     closed = -max_pool2d(-pad(max_pool2d(smooth, size, 1), margins, value=torch.inf), size, 1)[0, 0]
     noise = 1.5 * (sign * gray - smooth[0, 0]).abs().median()
     return surface + sign * closed, max(noise, 0.6), sign
@@ -252,18 +252,18 @@ def center(ink):
     top, left, bottom, right = bounding_box(ink > INK)
     ink = ink[top:bottom, left:right]
     if (missing := PEN * max(ink.shape) - pen_width(ink)) > 0:  # thin strokes would become faint
-        size = 1 + 2 * math.ceil(missing / 2)
-        ink = max_pool2d(ink[None, None], size, 1, size // 2)[0, 0]
-    height, width = [max(1, round(20 * side / max(ink.shape))) for side in ink.shape]
-    digit = interpolate(ink[None, None], (height, width), mode="bilinear", antialias=True)[0, 0]
+        pen = 1 + 2 * math.ceil(missing / 2)
+        ink = max_pool2d(ink[None, None], pen, 1, pen // 2)[0, 0]
+    size = [max(1, round(20 * side / max(ink.shape))) for side in ink.shape]
+    digit = interpolate(ink[None, None], size, mode="bilinear", antialias=True)[0, 0]
     digit = (digit / digit.max()).clamp(0, 1)
     image = torch.zeros(28, 28)
     offsets = []
-    for side, sums in (height, digit.sum(1)), (width, digit.sum(0)):
+    for side, sums in zip(size, (digit.sum(1), digit.sum(0))):
         centroid = float((sums * (torch.arange(side) + 0.5)).sum() / sums.sum())
         offsets.append(min(max(round(14 - centroid), 0), 28 - side))
     y, x = offsets
-    image[y : y + height, x : x + width] = digit
+    image[y : y + size[0], x : x + size[1]] = digit
     return (image * 255).round().byte()
 
 

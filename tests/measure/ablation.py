@@ -10,7 +10,6 @@ percentage points: below two standard errors, no gain is shown. A run of Model_3
 
 import argparse
 import contextlib
-import copy
 import statistics
 import sys
 from pathlib import Path
@@ -89,13 +88,14 @@ def run(model, seed, usps, augment=True):
     with mock.patch.object(datafile, "split", hold_out_10000):
         loaders = datafile.get_loaders(seed=seed, upstrokes=augment)
     images, labels = loaders.validation.dataset.tensors
-    judge, validation = (copy.copy(loaders.validation.dataset) for _ in range(2))
-    judge.tensors = images[:5_000], labels[:5_000]
-    validation.tensors = images[5_000:], labels[5_000:]
     batches = [slice(i, i + 1_000) for i in range(0, 5_000, 1_000)]
-    judge, validation = (
-        torch.utils.data.DataLoader(part, sampler=batches, batch_size=None) for part in (judge, validation)
-    )
+
+    def load(half):
+        dataset = torch.utils.data.TensorDataset(images[half], labels[half])
+        return torch.utils.data.DataLoader(dataset, sampler=batches, batch_size=None)
+
+    judge = load(slice(5_000))
+    validation = load(slice(5_000, None))
     loaders = loaders._replace(validation=validation)
     state = train.create_training_state(model, args, seed, None, loaders)
     for _ in range(train.RECIPES[model].epochs):

@@ -24,7 +24,6 @@ import train  # noqa: E402
 from support import checkpoint  # noqa: E402
 from support.metrics import accuracy, predict  # noqa: E402
 
-
 LR = 0.003  # of the training through the rounding, chosen on the validation set
 
 

@@ -38,8 +38,8 @@ def main():
     print(f"{'':40}{'training part':>16}{'test part':>12}")
     for path in args.checkpoints:
         model = checkpoint.load(path)
-        training, test = (accuracy(*predict(model, part)) for part in parts)
-        print(f"{path!s:40}{training:>16.2%}{test:>12.2%}")
+        accuracies = [accuracy(*predict(model, part)) for part in parts]
+        print("{!s:40}{:>16.2%}{:>12.2%}".format(path, *accuracies))
 
 
 if __name__ == "__main__":
