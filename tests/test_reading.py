@@ -262,6 +262,15 @@ def test_lines_and_frames_leave_nothing_behind():
     assert difference(seven_on_a_page(), framed) < 0.1
 
 
+def test_a_digit_along_two_edges_is_no_frame_around_a_speck():
+    ink = torch.zeros(100, 100)
+    ink[:15] = 1
+    ink[:, 85:] = 1
+    speck = ink.clone()
+    speck[70:76, 20:26] = 1
+    assert torch.equal(reading.largest_group(speck)[0], ink)
+
+
 def test_digits_of_mnist_on_unevenly_lit_paper_are_read():
     images, labels = datafile.read_split(RAW_DIR, "train")
     generator = random.Random(0)
@@ -302,6 +311,9 @@ def test_black_bars_and_frames_are_cut_off_and_a_digit_that_fills_the_image_is_n
     ring = Image.new("L", (100, 100), 255)
     ImageDraw.Draw(ring).ellipse((0, 0, 99, 99), outline=0, width=20)
     assert reading.cut_bars(ring).size == (100, 100)
+    framed = Image.new("L", (300, 300), 100)
+    framed.paste(seven(220, 20, 150), (40, 40))
+    assert reading.cut_bars(framed).size == (220, 220)  # faint frames, too
 
 
 def test_bars_from_edge_to_edge_are_strokes_if_they_are_as_thick_as_the_pen_or_alone():
@@ -384,10 +396,11 @@ def test_a_photo_with_its_preview_is_one_page(tmp_path):
     assert reading.read_digit_and_warning(tmp_path / "photo.mpo")[1] == ""
 
 
-def test_a_smaller_digit_beside_a_large_one_gets_the_warning():
+@pytest.mark.parametrize("size", [170, 125])
+def test_a_smaller_digit_beside_a_large_one_gets_the_warning(size):
     page = Image.new("L", (400, 260), 255)
     page.paste(seven(240), (0, 0))
-    page.paste(seven(170).crop((40, 40, 130, 130)), (290, 80))
+    page.paste(seven(size).crop((size // 4, size // 4, 3 * size // 4, 3 * size // 4)), (290, 80))
     assert reading.read_digit_and_warning(page)[1] == "this looks like more than one digit"
 
 

@@ -199,7 +199,7 @@ def typical_ink(difference):
     above = difference.flatten()
     while len(above) > 1:
         above = above[above > otsu_threshold(above)]
-        if len(above) and (len(above) < 30 or above.max() < 3 * above.median()):
+        if len(above) and above.max() < 3 * above.median():
             return above.median()
     return torch.tensor(0.0)
 
