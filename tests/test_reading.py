@@ -85,6 +85,13 @@ def test_transparent_pixels_are_background(tmp_path):
         assert (image - expected).abs().max() <= 8, name
 
 
+def test_an_opaque_patch_with_gray_ink_is_paper():
+    for side, ink in (300, 0), (300, 120), (700, 120):
+        patch = Image.new("RGBA", (side, side))
+        patch.paste(seven(200, ink).convert("RGBA"), (50, 50))
+        assert difference(seven(200, ink), patch) < 0.1, (side, ink)
+
+
 def test_a_digit_that_fills_an_image_with_transparent_corners_is_ink():
     """A thick 1, more than half of the image: its color is no paper with something on it."""
     image = Image.new("RGBA", (60, 120), (30, 30, 30, 0))

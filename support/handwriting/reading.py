@@ -316,15 +316,11 @@ def to_grayscale(image):
     color = image.convert("RGB")
     alpha = image.getchannel("A")
     if alpha.getextrema()[0] < 255 and (box := alpha.getbbox()):
-        # Transparent pixels get the background: the median color of the opaque part if that has two colors,
-        # else black or white, whichever is further from it.
+        # Transparent pixels become black or white, whichever is further from the mean of the others.
         opaque = ImageStat.Stat(color.convert("L"), mask=alpha)
-        if ImageStat.Stat(alpha.crop(box)).mean[0] > 127 and opaque.stddev[0] > 20:
-            color, alpha = color.crop(box), alpha.crop(box)
-            background = opaque.median[0]
-        else:
-            background = 255 if opaque.sum[0] < 128 * opaque.count[0] else 0
-        color.paste((background,) * 3, mask=ImageOps.invert(alpha))
+        background = (255,) * 3 if opaque.sum[0] < 128 * opaque.count[0] else (0,) * 3
+        color.paste(background, mask=ImageOps.invert(alpha))
+        color = ImageOps.expand(color.crop(box), max(box[2] - box[0], box[3] - box[1]) // 5, background)
     small = color.resize((64, 64))
     contrasts = ImageStat.Stat(Image.merge("RGBA", (*small.split(), small.convert("L")))).stddev
     if contrasts[3] >= max(contrasts[:3]):
