@@ -103,7 +103,7 @@ def test_an_upstroke_leaves_the_top_of_its_stem_down_to_the_left(slant, thicknes
     y, x = torch.meshgrid(torch.arange(28.0), torch.arange(28.0), indexing="ij")
     stem = (y >= 4) & (y < 24) & ((x - 14 - slant * (y - 14)).abs() <= thickness / 2)
     stem = stem.byte() * 255
-    stem[0, 14] = 60  # faint pixels are not the top of the stem
+    stem[0, round(14 - 14 * slant)] = 60  # faint pixels are not the top of the stem
     ones = stem.expand(200, 28, 28)
     strokes = augmentation.add_upstrokes(ones, torch.Generator().manual_seed(0)).int() - ones.int()
     assert strokes.min() == 0 and strokes.max() > 200
