@@ -119,11 +119,13 @@ def main():
         with_it = run(args.model, seed, usps)
         with VARIANTS[args.ingredient]():
             without = run(args.model, seed, usps, augment=args.ingredient != "augmentation")
-        differences.append([other - one for one, other in zip(with_it, without)])
+        changes = [after - before for before, after in zip(with_it, without)]
+        differences.append([*changes, (changes[0] + changes[1]) / 2])
         print(seed, *(f"{value:+.2f}" for value in differences[-1]), flush=True)
-    for part, values in zip(("validation", "judge", "test", "USPS"), zip(*differences)):
+    parts = "validation", "judge", "test", "USPS", "validation and judge"
+    for part, values in zip(parts, zip(*differences)):
         error = statistics.stdev(values) / len(values) ** 0.5
-        print(f"{part:12}{statistics.mean(values):+.3f} ± {error:.3f}")
+        print(f"{part:21}{statistics.mean(values):+.3f} ± {error:.3f}")
 
 
 if __name__ == "__main__":
