@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import os
 import re
 import shutil
 import socket
@@ -160,6 +161,19 @@ def test_a_free_port_is_used_if_the_usual_one_is_taken(port, monkeypatch):
     other = page.make_server(None)
     assert other.server_port != port and other.server_address[0] == "127.0.0.1"
     other.server_close()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows would let two servers share a port")
+def test_the_usual_port_is_used_again_at_once(monkeypatch):
+    monkeypatch.setattr(page, "PORT", 0)
+    for _ in range(2):
+        server = page.make_server(None)
+        assert page.PORT in (0, server.server_port)
+        monkeypatch.setattr(page, "PORT", server.server_port)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert ask(page.PORT, method="GET")[0] == 200
+        server.shutdown()
+        server.server_close()
 
 
 def test_the_page_needs_nothing_from_the_network():

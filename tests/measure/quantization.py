@@ -94,16 +94,19 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoints", type=Path, nargs="+")
     paths = parser.parse_args().checkpoints
-    loader, _ = datafile.get_test_loader()
-    for bits in None, 8, 6, 5, 4:
+    loaders = datafile.get_loaders(upstrokes=True)
+    torch.manual_seed(0)
+    for bits, trained in (None, False), (8, False), (6, False), (5, False), (4, False), (4, True):
         accuracies = []
         for path in paths:
             model = checkpoint.load(path)
+            if trained:
+                model = train_rounded(model, loaders.train)
             size = quantize(model, bits) if bits else 4 * sum(p.numel() for p in model.parameters())
-            accuracies.append(accuracy(*predict(model, loader)))
+            accuracies.append(accuracy(*predict(model, loaders.test)))
+        name = f"{bits or 32} bits{', trained' if trained else ''}, {size / 1000:.1f} kB"
         spread = f" ± {statistics.stdev(accuracies):.3%}" if len(paths) > 1 else ""
-        mean = f"{statistics.mean(accuracies):.3%}{spread}"
-        print(f"{bits or 32} bits, {size / 1000:.1f} kB: {mean} (lowest {min(accuracies):.2%})", flush=True)
+        print(f"{name}: {statistics.mean(accuracies):.3%}{spread} (lowest {min(accuracies):.2%})", flush=True)
 
 
 if __name__ == "__main__":
