@@ -67,6 +67,9 @@ def test_mistakes_are_titled_label_as_prediction_the_most_confident_first(tmp_pa
     shown = [ax for ax in figures["mistakes.png"].axes if ax.get_images()]
     assert [ax.get_title() for ax in shown] == ["8 as 0, 80%", "3 as 2, 70%", "1 as 7, 60%"]
     assert [float(ax.get_images()[0].get_array()[0, 0]) for ax in shown] == [2, 0, 3]
+    many = torch.zeros(30, dtype=torch.int64)
+    plots.save_evaluation(images[:1].expand(30, 1, 28, 28), probabilities[:1].expand(30, 10), many, tmp_path)
+    assert sum(bool(ax.get_images()) for ax in figures["mistakes.png"].axes) == 24
 
 
 def test_one_evaluation_leaves_no_plot_of_another(tmp_path):
