@@ -414,15 +414,16 @@ def test_mnist_is_downloaded_to_an_empty_directory(few_images, tmp_path, mirror,
     mirror(functools.partial(SimpleHTTPRequestHandler, directory=few_images))
     new = tmp_path / "new"
     new.mkdir()
+    (new / ".DS_Store").touch()  # hidden files are no data set
     # An interrupted download leaves nothing that the next one takes for MNIST,
     with monkeypatch.context() as patch:
         patch.setattr(datasets.MNIST, "resources", resources[:2] + [("missing.gz", None)])
         with pytest.raises(datafile.DataError, match="could not be downloaded"):
             datafile.get_loaders(data_dir=new)
-        assert list(new.iterdir()) == []
+        assert [path.name for path in new.iterdir()] == [".DS_Store"]
     loaders = datafile.get_loaders(data_dir=new)
     assert [len(loader.dataset) for loader in loaders[:3]] == [184, 16, 200]
-    assert [path.name for path in new.iterdir()] == ["MNIST"]
+    assert {path.name for path in new.iterdir()} == {".DS_Store", "MNIST"}
     shutil.rmtree(new / "MNIST")
     with ThreadPoolExecutor(2) as pool:  # two first runs
         found = list(pool.map(datafile.find_raw_dir, [new, new]))
