@@ -427,7 +427,8 @@ def test_mnist_is_downloaded_to_an_empty_directory(few_images, tmp_path, mirror,
     shutil.rmtree(new / "MNIST")
     with ThreadPoolExecutor(2) as pool:  # two first runs
         found = list(pool.map(datafile.find_raw_dir, [new, new]))
-    assert found == [new / "MNIST" / "raw"] * 2 and [path.name for path in new.iterdir()] == ["MNIST"]
+    assert found == [new / "MNIST" / "raw"] * 2
+    assert {path.name for path in new.iterdir()} == {".DS_Store", "MNIST"}
 
 
 def test_the_reason_why_a_download_failed_is_named(tmp_path, mirror):
