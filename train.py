@@ -114,8 +114,7 @@ def update_average(average, current, fraction):
     initial weights as the first iterate: roughly the mean of the last ninth of the steps. O. Shamir,
     T. Zhang, "Stochastic gradient descent for non-smooth optimization", ICML 2013.
     """
-    # `AveragedModel` of `torch.optim.swa_utils` synchronizes with the device on every call. `lerp` would turn
-    # infinite values, such as those of a causal mask in a buffer, into NaN.
+    # PyTorch's `AveragedModel` synchronizes with the device at every call; `lerp` makes infinite values NaN.
     torch._foreach_mul_(average, 1 - fraction)
     torch._foreach_add_(average, current, alpha=fraction)
 
@@ -182,6 +181,8 @@ def train(name, args, seed, fold=None):
     last_path = args.output_dir / f"last_{name}{suffix}.pth"
     best_path = args.output_dir / f"best_{name}{suffix}.pth"
     loaders = get_loaders(args.batch_size, seed, args.device, args.data_dir, fold, args.augment)
+    if suffix in ("", f"_seed{args.seed}", "_fold1"):  # once for all runs
+        print_summary(MODELS[name])
     state = create_training_state(name, args, seed, fold, loaders)
     print_header(name, args, state, loaders)
     resumed = args.resume and last_path.exists()
@@ -279,7 +280,6 @@ def main():
                 find_raw_dir(args.data_dir)  # may download it
             distributed.barrier()
             for name in MODELS if args.model == "all" else [args.model]:
-                print_summary(MODELS[name])
                 if args.runs or args.folds:
                     train_runs(name, args)
                 else:

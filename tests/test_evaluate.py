@@ -137,10 +137,9 @@ def test_the_plots_are_of_the_ensemble(call, tmp_path, monkeypatch):
     paths = [WEIGHTS / "Model_1.pth", WEIGHTS / "Model_3.pth"]
     output = call("evaluate.py", *paths, "--device", "cpu", "--plot", "plots").stdout
     errors = re.findall(r"\((\d+) errors\)", output)
-    models_, images, probabilities, labels, folder = given
+    images, probabilities, labels, folder = given
     assert int(errors[2]) == (probabilities.argmax(1) != labels).sum() != int(errors[0])
-    assert [type(model).__name__ for model in models_] == ["Model_1", "Model_3"] and len(images) == 10_000
-    assert folder == Path("plots")
+    assert len(images) == 10_000 and folder == Path("plots")
 
 
 def test_only_64_images_are_plotted_and_the_others_are_counted(call, tmp_path):
