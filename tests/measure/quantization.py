@@ -1,30 +1,23 @@
-"""Scores trained files whose weights are rounded to a few bits.
+"""Scores trained files whose weights are rounded to a few bits, without further training.
 
     python tests/measure/quantization.py runs/best_Model_3_seed*.pth
 
 Each filter has a scale of its own. Scales, and batch normalization's scale and shift, have half precision.
-The arithmetic stays that of float32. The last row is after two more epochs, whose forward passes use rounded
-weights while the optimizer changes the weights before rounding (Y. Bengio et al., "Estimating or propagating
-gradients through stochastic neurons", arXiv:1308.3432, 2013): half a minute for each file.
+The arithmetic stays that of float32.
 """
 
 import argparse
-import copy
 import statistics
 import sys
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 import datafile  # noqa: E402
-import train  # noqa: E402
 from support import checkpoint  # noqa: E402
 from support.metrics import accuracy, predict  # noqa: E402
-
-LR = 0.003  # of the training through the rounding, chosen on the validation set
 
 
 def round_filters(weight, bits):
@@ -66,47 +59,20 @@ def quantize(model, bits):
     return size
 
 
-class Rounding(nn.Module):
-    """Rounds a weight to 4 bits; its gradient is passed on as if it were not rounded."""
-
-    def forward(self, weight):
-        return weight + (round_filters(weight.detach(), 4) - weight.detach())
-
-
-def train_rounded(model, loader, lr=LR):
-    """Returns a model after two epochs of training through the rounding to 4 bits."""
-    model = copy.deepcopy(model)
-    for layer in model:
-        weight = getattr(layer, "weight", None)
-        if weight is not None and weight.dim() > 1:  # batch normalization is not rounded
-            parametrize.register_parametrization(layer, "weight", Rounding())
-    average = copy.deepcopy(model)
-    optimizer = torch.optim.Adam(model.parameters(), lr)
-    for epoch in 1, 2:
-        train.train_epoch(model, average, loader, optimizer, epoch)
-    for layer in average:
-        if parametrize.is_parametrized(layer):
-            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
-    return average.eval()
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoints", type=Path, nargs="+")
     paths = parser.parse_args().checkpoints
-    loaders = datafile.get_loaders(upstrokes=True)
-    torch.manual_seed(0)
-    for bits, trained in (None, False), (8, False), (6, False), (5, False), (4, False), (4, True):
+    loader, _ = datafile.get_test_loader()
+    for bits in None, 8, 6, 5, 4:
         accuracies = []
         for path in paths:
             model = checkpoint.load(path)
-            if trained:
-                model = train_rounded(model, loaders.train)
             size = quantize(model, bits) if bits else 4 * sum(p.numel() for p in model.parameters())
-            accuracies.append(accuracy(*predict(model, loaders.test)))
-        name = f"{bits or 32} bits{', trained' if trained else ''}, {size / 1000:.1f} kB"
+            accuracies.append(accuracy(*predict(model, loader)))
         spread = f" ± {statistics.stdev(accuracies):.3%}" if len(paths) > 1 else ""
-        print(f"{name}: {statistics.mean(accuracies):.3%}{spread} (lowest {min(accuracies):.2%})", flush=True)
+        mean = f"{statistics.mean(accuracies):.3%}{spread}"
+        print(f"{bits or 32} bits, {size / 1000:.1f} kB: {mean} (lowest {min(accuracies):.2%})", flush=True)
 
 
 if __name__ == "__main__":
