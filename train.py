@@ -96,10 +96,10 @@ def train_epoch(model, average_model, loader, optimizer, epoch, augmented=True):
             seen += len(labels)
             if show_bar and step % 50 == 0:
                 bar.set_postfix_str(f"loss {total_loss / seen:.3f}, {correct / seen:.2%}", refresh=False)
-    mean_loss = float(total_loss) / seen
+    mean_loss = total_loss.cpu().item() / seen
     if not math.isfinite(mean_loss):
         raise FloatingPointError(f"the loss became {mean_loss} in epoch {epoch}: try a lower --lr")
-    return mean_loss, int(correct) / seen
+    return mean_loss, correct.cpu().item() / seen
 
 
 def floating_point_tensors(model):
