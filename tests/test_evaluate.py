@@ -142,11 +142,13 @@ def test_the_plots_are_of_the_ensemble(call, tmp_path, monkeypatch):
     assert len(images) == 10_000 and folder == Path("plots")
 
 
-def test_only_64_images_are_plotted_and_the_others_are_counted(call, tmp_path):
+def test_only_64_images_are_plotted_and_the_others_are_counted(call, tmp_path, monkeypatch):
+    plotted = []
+    monkeypatch.setattr(plots, "save", lambda path, plot, digits, titles: plotted.extend(digits))
     seven().save(tmp_path / "seven.png")
     options = "--device", "cpu", "--plot", "plots", "--images", *["seven.png"] * 66
     output = call("evaluate.py", WEIGHTS / "Model_1.pth", *options).stdout
-    assert "seen.png shows the first 64 of 66 images\n" in output
+    assert "seen.png shows the first 64 of 66 images\n" in output and len(plotted) == 64
 
 
 def test_the_model_flag_chooses_the_class_and_patterns_name_checkpoints(call, tmp_path):
