@@ -135,8 +135,6 @@ def find_ink(gray):
         full = typical_ink(difference)
         if full >= contrast * noise:
             low = min(2 * noise, 0.5 * full)
-            if method is not border_median:
-                low = max(0.2 * full, low)
             return ((difference - low) / (full - low)).clamp(0, 1)
     return None
 
