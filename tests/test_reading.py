@@ -143,6 +143,18 @@ def huge_png(width, height):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1_000)))
 
 
+def test_the_closer_look_adds_nothing_outside_the_picture(monkeypatch):
+    looked_at, find_digit = [], reading.find_digit
+    monkeypatch.setattr(
+        reading, "find_digit", lambda picture: looked_at.append(picture) or find_digit(picture)
+    )
+    for height in range(700, 740):
+        page = Image.new("L", (1_000, height), 255)
+        page.paste(seven(120, 100), (870, height - 110))
+        reading.read_digit(page)
+    assert len(looked_at) == 80 and min(picture.getextrema()[0] for picture in looked_at) > 90
+
+
 def test_a_picture_whose_metadata_cannot_be_read_is_read(tmp_path):
     expected = reading.read_digit(seven(mode="RGB"))
     info = PngImagePlugin.PngInfo()

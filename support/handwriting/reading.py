@@ -78,9 +78,8 @@ def read_digit_and_warning(source):
     top, left, bottom, right = bounding_box(digit > INK)
     side = max(bottom - top, right - left)
     if side < SIDE / 3:  # once more, in the picture around the digit
-        height, width = digit.shape
-        box = max(0, left - side), max(0, top - side), min(width, right + side), min(height, bottom + side)
-        closer, _ = find_digit(picture.crop([round(edge * picture.width / width) for edge in box]))
+        box = left - side, top - side, right + side, bottom + side
+        closer, _ = find_digit(crop(picture, box, picture.width / digit.shape[1]))
         digit = digit if closer is None else closer
     pages_warning = f"only the first of {pages} pages was read" if pages > 1 else ""
     return center(digit), "; ".join(filter(None, [warning, pages_warning]))
@@ -120,8 +119,13 @@ def cut_bars(picture):
     share = inside.numel() / gray.numel()
     if share < 0.4 or share == 1 or (border(inside) - color).abs().quantile(0.1) < 30:
         return picture
-    scale = picture.width / small.width
-    return cut_bars(picture.crop([round(edge * scale) for edge in (left, top, right, bottom)]))
+    return cut_bars(crop(picture, (left, top, right, bottom), picture.width / small.width))
+
+
+def crop(picture, box, scale):
+    """Returns the part of a picture inside a box (left, top, right, bottom) times a scale."""
+    limits = 2 * picture.size  # Pillow would add black pixels outside the picture
+    return picture.crop([min(max(0, round(edge * scale)), limit) for edge, limit in zip(box, limits)])
 
 
 def find_ink(gray):
