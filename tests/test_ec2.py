@@ -14,7 +14,9 @@ import pytest
 from conftest import ROOT
 
 pty = pytest.importorskip("pty")
-cfn_yaml, moto, yaml = map(pytest.importorskip, ("cfnlint.decode.cfn_yaml", "moto.server", "yaml"))
+boto3, cfn_yaml, moto, yaml = map(
+    pytest.importorskip, ("boto3", "cfnlint.decode.cfn_yaml", "moto.server", "yaml")
+)
 FOLDER = ROOT / "support" / "ec2"
 LINES = "".join(
     re.findall(r"^```sh\n(.*?)^```", (FOLDER / "README.md").read_text(), re.DOTALL | re.MULTILINE)
@@ -130,27 +132,38 @@ def stand_in(folder, name, content):
 def test_the_stack_is_created_opened_to_another_address_and_deleted(bash, tmp_path, monkeypatch):
     server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.get_host_and_port()[1]}")
+    endpoint = f"http://127.0.0.1:{server.get_host_and_port()[1]}"
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     (tmp_path / "home" / ".ssh" / "tiny-mnist.pub").write_text(KEY)
-    groups = "SecurityGroups[?GroupName=='tiny-mnist'].IpPermissions[].IpRanges[].CidrIp"
-    running = "Reservations[?Instances[0].State.Name=='running'].Instances[0].InstanceId"
+    two_of_seventeen = '[ $2 = describe-regions ] && set -- "$@" --region-names us-east-1 eu-west-1'
+    stand_in(tmp_path, "aws", f'{two_of_seventeen}; exec {shutil.which("aws", path=PATH)} "$@"')
+    keys = {"aws_access_key_id": "testing", "aws_secret_access_key": "testing"}
+    client = boto3.client("ec2", "us-east-1", endpoint_url=endpoint, **keys)
 
     def deploy(address):
         stand_in(tmp_path, "curl", f"echo {address}")
         return bash(line("aws cloudformation deploy"))
 
-    def show(kind, query):
-        return bash(f'aws ec2 describe-{kind} --query "{query}" --output text').stdout.split()
+    def addresses():
+        name = {"Name": "group-name", "Values": ["tiny-mnist"]}
+        groups = client.describe_security_groups(Filters=[name])["SecurityGroups"]
+        rules = [rule for group in groups for rule in group["IpPermissions"]]
+        return [address["CidrIp"] for rule in rules for address in rule["IpRanges"]]
 
-    assert deploy("203.0.113.7").returncode == 0 and show("security-groups", groups) == ["203.0.113.7/32"]
-    (instance,) = show("instances", running)
+    def instances():
+        running = {"Name": "instance-state-name", "Values": ["running"]}
+        found = client.describe_instances(Filters=[running])["Reservations"]
+        return [one["Instances"][0]["InstanceId"] for one in found]
+
+    assert deploy("203.0.113.7").returncode == 0 and addresses() == ["203.0.113.7/32"]
+    (instance,) = instances()
     assert bash(line("for region in")).stdout.split()[:2] == ["us-east-1", instance]
-    assert deploy("198.51.100.9").returncode == 0 and show("security-groups", groups) == ["198.51.100.9/32"]
-    assert show("instances", running) == [instance]
+    assert deploy("198.51.100.9").returncode == 0 and addresses() == ["198.51.100.9/32"]
+    assert instances() == [instance]
     assert bash(line("aws cloudformation describe-stack-events")).returncode == 0
     assert bash(line("aws cloudformation delete")).returncode == 0
-    assert show("security-groups", groups) == show("instances", running) == []
+    assert addresses() == instances() == []
     refused = deploy("300.1.1.1")
     assert refused.returncode != 0 and "300.1.1.1" in refused.stderr
     server.stop()

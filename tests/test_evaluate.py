@@ -13,13 +13,13 @@ from support import checkpoint, plots
 from support.handwriting.reading import read_digit
 
 
-def test_scores_equal_those_of_plain_pytorch(call, mnist):
+def test_scores_equal_those_of_plain_pytorch(call, mnist, small_data):
     paths = [WEIGHTS / "Model_1.pth", WEIGHTS / "Model_3.pth"]
-    output = call("evaluate.py", *paths, "--device", "cpu").stdout
+    output = call("evaluate.py", *paths, "--device", "cpu", "--data-dir", small_data).stdout
     assert f"{paths[0]}: Model_1, 26,698 parameters\n" in output
     assert f"{paths[1]}: Model_3, 4,506 parameters\n" in output
 
-    images, labels = mnist[2].dataset.tensors
+    images, labels = (tensor[:1_000] for tensor in mnist[2].dataset.tensors)
     outputs = []
     for path in paths:
         model = getattr(models, path.stem)()
@@ -32,10 +32,10 @@ def test_scores_equal_those_of_plain_pytorch(call, mnist):
     for (accuracy, wrong, recalls), probabilities in zip(rows, outputs, strict=True):
         right = probabilities.argmax(1) == labels
         assert int(wrong) == pytest.approx((~right).sum().item(), abs=1)  # another batch size, another sum
-        assert float(accuracy) == pytest.approx(100 - int(wrong) / 100)
+        assert float(accuracy) == pytest.approx(100 - int(wrong) / 10)
         for digit, recall in re.findall(r"(\d): ([\d.]+)%", recalls):
             expected = 100 * right[labels == int(digit)].float().mean().item()
-            assert float(recall) == pytest.approx(expected, abs=0.2)
+            assert float(recall) == pytest.approx(expected, abs=1.2)
     assert len(re.findall(r"Latency: [\d.]+ ms; throughput: [\d,]+ images/s\n", output)) == 2
 
 
@@ -72,12 +72,6 @@ def test_images_are_classified_one_by_one_by_the_ensemble(call, tmp_path):
     ]
     assert process.stderr == "evaluate.py: error: missing.png: no such file\n"
     assert call("evaluate.py", *checkpoints, "--images", "other.png").returncode == 0
-
-
-def test_a_failure_is_one_line_on_standard_error_and_status_1(run):
-    process = run("evaluate.py", "missing.pth", check=False)
-    assert (process.returncode, process.stdout) == (1, "")
-    assert process.stderr == "evaluate.py: error: missing.pth: no such file\n"
 
 
 def test_skipped_files_are_named_and_checkpoints_after_images_are_a_usage_error(call, tmp_path):
@@ -130,16 +124,17 @@ def test_an_ensemble_prints_the_mean_of_its_softmax_outputs_and_the_warning(call
     assert output.endswith("; this looks like more than one digit\n")
 
 
-def test_the_plots_are_of_the_ensemble(call, tmp_path, monkeypatch):
+def test_the_plots_are_of_the_ensemble(call, small_data, monkeypatch):
     """Of its probabilities: the matrix has as many errors as are printed."""
     given = []
     monkeypatch.setattr(plots, "save_evaluation", lambda *arguments: given.extend(arguments))
     paths = [WEIGHTS / "Model_1.pth", WEIGHTS / "Model_3.pth"]
-    output = call("evaluate.py", *paths, "--device", "cpu", "--plot", "plots").stdout
+    options = "--device", "cpu", "--data-dir", small_data, "--plot", "plots"
+    output = call("evaluate.py", *paths, *options).stdout
     errors = re.findall(r"\((\d+) errors\)", output)
     images, probabilities, labels, folder = given
     assert int(errors[2]) == (probabilities.argmax(1) != labels).sum() != int(errors[0])
-    assert len(images) == 10_000 and folder == Path("plots")
+    assert len(images) == 1_000 and folder == Path("plots")
 
 
 def test_only_64_images_are_plotted_and_the_others_are_counted(call, tmp_path, monkeypatch):

@@ -81,16 +81,16 @@ def test_the_noise_of_a_blank_image_is_not_amplified_to_a_digit(images, scale):
 @pytest.mark.parametrize("name", ["Model_2", "Model_3"])
 def test_logits_do_not_depend_on_the_value_range(name, mnist):
     torch.manual_seed(0)
-    model, normalized = getattr(models, name)(), mnist[2].dataset.tensors[0]
+    model, normalized = getattr(models, name)(), mnist[2].dataset.tensors[0][:1_000]
     with torch.no_grad():
-        for batch in normalized[:1_000].split(100):
+        for batch in normalized.split(100):
             model(batch)  # changes the running statistics of batch normalization, if any
         expected = model.eval()(normalized).argmax(1)
         assert len(expected.unique()) > 1
         bytes_ = (normalized * 0.3081 + 0.1307).mul(255).round().byte()
         unit = bytes_ / 255
         for images in bytes_, bytes_.float(), unit, 2 * unit - 1, 0.2 * unit + 0.7:
-            assert (model(images).argmax(1) != expected).sum() <= 5
+            assert (model(images).argmax(1) != expected).sum() <= 1
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (28, 28), (2, 1, 27, 28), (2, 3, 28, 28), (2, 28, 28, 1)])
