@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import models
+import train
 from conftest import ONE_THREAD, ROOT, seven
 
 ALLOWED = {  # parts of the project that a module may import
@@ -124,7 +125,8 @@ class Recurrent(nn.Module):
 
 def test_what_pytorch_trains_is_trained_and_its_parameters_are_counted_once(fit, call, monkeypatch, tmp_path):
     monkeypatch.setitem(models.MODELS, "Recurrent", Recurrent)
-    output = fit("--model", "Recurrent", "--epochs", 2).stdout
+    monkeypatch.setitem(train.RECIPES, "Recurrent", train.Recipe(epochs=2))
+    output = fit("--model", "Recurrent").stdout
     assert output.startswith(f"Parameters: {4 * 10 * (28 + 10 + 2) + 100:,}\n") and "Test Accuracy" in output
     state = torch.load(tmp_path / "best_Recurrent.pth", weights_only=True)
     assert torch.equal(state["mask"], Recurrent().mask)

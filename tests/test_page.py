@@ -1,6 +1,8 @@
 """The drawing page: its server, and the page in a real browser."""
 
+import base64
 import http.client
+import io
 import json
 import os
 import re
@@ -13,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from urllib.request import urlopen
 
 import pytest
+from PIL import Image, ImageChops, ImageFilter
 
 import evaluate
 from conftest import WEIGHTS
@@ -303,12 +306,37 @@ def test_the_answer_is_large_and_undo_and_keys_take_strokes_back(port, browser):
         assert browser.execute_script("return strokes.length") == left, key
 
 
+def test_the_paper_shows_what_the_model_reads(port, browser):
+    """Line, corner, dot, and what is left after an undo and after both buttons."""
+    drawer = Drawer(browser, port)
+    strokes = [(20, 30), (80, 30)], [(20, 80), (40, 40), (60, 80)], [(80, 60)]
+    steps = [lambda stroke=stroke: drawer.draw([stroke]) for stroke in strokes]
+    steps += [browser.find_element("id", name).click for name in ("undo", "undo", "clear")]
+    known = {}
+    for number, step in zip((1, 2, 3, 2, 1, 0), steps):
+        step()
+        found = browser.execute_script("return strokes")
+        assert len(found) == number and known.setdefault(number, found) == found
+        url = browser.execute_script("return paper.toDataURL()")
+        shown = Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).convert("L")
+        drawn = page.draw(json.dumps(found))
+        missing = ImageChops.subtract(shown, drawn.filter(ImageFilter.MaxFilter(3)))  # one pixel may differ
+        extra = ImageChops.subtract(drawn.filter(ImageFilter.MinFilter(3)), shown)
+        assert sum(missing.histogram()[200:]) + sum(extra.histogram()[200:]) < 10, number
+
+
 def test_the_bars_are_as_long_as_their_probabilities(port, browser):
-    Drawer(browser, port).draw(STROKES[3])
+    drawer = Drawer(browser, port)
+    drawer.draw(STROKES[3])
     for row in browser.find_elements("css selector", "#bars tr"):
         bar, percent = row.find_element("css selector", "i"), row.find_elements("css selector", "td")[1].text
         whole = bar.find_element("xpath", "..").rect["width"] - 16  # without its padding
         assert bar.rect["width"] / whole == pytest.approx(float(percent[:-1]) / 100, abs=0.02)
+    browser.find_element("id", "clear").click()
+    assert drawer.answer() is None
+    for row in browser.find_elements("css selector", "#bars tr"):
+        bar, (_, percent) = row.find_element("css selector", "i"), row.find_elements("css selector", "td")
+        assert (bar.rect["width"], percent.text) == (0, "")
 
 
 @pytest.mark.parametrize("width, height", [(390, 844), (844, 390), (1280, 720), (360, 640)])
@@ -471,12 +499,13 @@ def test_the_reason_why_a_drawing_cannot_be_read_replaces_the_answer(browser):
 
 def test_the_page_reads_as_text_and_announces_the_answer_once(port, browser):
     drawer = Drawer(browser, port)
-    browser.execute_script("window.timers = []; setTimeout = call => timers.push(call)")
+    browser.execute_script("window.timers = []; setTimeout = (call, delay) => timers.push([call, delay])")
     browser.execute_script("clearTimeout = id => delete timers[id - 1]")
     assert drawer.draw(STROKES[3]) == 3
     browser.execute_script("timers = timers.filter(call => call)")
     assert browser.execute_script("return timers.length") == 1  # the others were replaced
-    browser.execute_script("timers[0]()")
+    browser.execute_script("timers[0][0]()")
+    assert browser.execute_script("return timers[0][1]") >= 500
     assert re.fullmatch(r"3 \d+\.\d%", browser.execute_script("return $('announcement').textContent"))
     nodes = browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
     names = {(node["role"]["value"], node["name"]["value"]) for node in nodes if node.get("name")}
