@@ -5,6 +5,7 @@ import random
 import struct
 import warnings
 import zlib
+from unittest import mock
 
 import fonts
 import handwriting
@@ -313,15 +314,6 @@ def test_light_that_falls_off_changes_little():
     assert difference(seven(), ImageChops.multiply(seven(paper=230, ink=60), light)) < 0.5
 
 
-def test_the_closing_finds_dark_and_light_ink():
-    page = torch.full((100, 300), 200.0)
-    page[20:80, 140:160] = 50
-    for image, sign in (page, 1), (255 - page, -1):
-        background, _, found = reading.close(image)
-        assert found == sign and (background - image)[50, 150].item() == pytest.approx(sign * 150, abs=1)
-        assert (background - image)[50, 50].item() == pytest.approx(0, abs=1)
-
-
 def test_black_bars_and_frames_are_cut_off_and_a_digit_that_fills_the_image_is_not():
     page = seven_on_a_page().crop((50, 0, 350, 400))
     for box in (0, 0, 40, 400), (260, 0, 300, 400):
@@ -491,3 +483,214 @@ def test_files_that_cannot_be_read_are_errors_that_name_them(tmp_path):
         with pytest.raises(reading.ImageError) as caught:
             reading.read_digit(tmp_path / name)
         assert str(caught.value).startswith(str(tmp_path / name)) and reason in str(caught.value)
+
+
+def bars(*boxes, size=200):
+    """Ink (size, size) with rectangles: top, left, height, width."""
+    ink = torch.zeros(size, size)
+    for top, left, height, width in boxes:
+        ink[top : top + height, left : left + width] = 1
+    return ink
+
+
+SEVERAL, NONE = "this looks like more than one digit", "this may not be a digit"
+STEM = 50, 50, 100, 30
+
+
+@pytest.mark.parametrize(
+    "boxes, number, warning",
+    [
+        ([STEM, (50, 96, 20, 20)], 2, ""),  # a gap of up to a fifth of the height
+        ([STEM, (50, 104, 20, 20)], 1, ""),
+        ([STEM, (166, 50, 20, 20)], 2, ""),
+        ([STEM, (174, 50, 20, 20)], 1, ""),
+        ([STEM, (10, 50, 18, 20)], 1, ""),  # 12% of the ink, and 18%
+        ([STEM, (10, 50, 18, 30)], 1, SEVERAL),
+        ([(50, 20, 100, 60), (50, 96, 100, 58)], 2, ""),  # up to 1.4 times as wide as high
+        ([(50, 20, 100, 60), (50, 96, 100, 70)], 2, SEVERAL),
+        ([(50, 20, 40, 6), (50, 20, 6, 84), (50, 98, 40, 6)], 3, ""),  # one component: up to 2.2 times
+        ([(50, 20, 40, 6), (50, 20, 6, 94), (50, 108, 40, 6)], 3, NONE),
+        ([(50, 50, 100, 45)], 1, ""),  # a pen of 0.31 and 0.36 of the height
+        ([(50, 50, 100, 56)], 1, NONE),
+        ([(20, 80, 45, 130)], 1, NONE),
+        ([(0, 0, 4, 200), (0, 0, 200, 4), (196, 0, 4, 200), (50, 90, 30, 7)], 4, ""),  # 9% inside a frame
+        ([(0, 0, 4, 200), (0, 0, 200, 4), (196, 0, 4, 200), (50, 50, 50, 7)], 1, ""),  # 15%
+    ],
+)
+def test_the_largest_component_takes_what_is_near_and_warns_of_what_is_not(boxes, number, warning):
+    """The number is that of the rectangles, of the first or the last, that belong to the digit."""
+    digit, found = reading.largest_group(bars(*boxes))
+    expected = bars(*boxes[:number]) if number > 1 or len(boxes) < 4 else bars(boxes[-1])
+    assert torch.equal(digit, expected) and found == warning
+
+
+@pytest.mark.parametrize("method", [reading.border_median, reading.fit_surface, reading.close])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_background_and_its_noise_are_those_that_were_drawn(method, sign):
+    torch.manual_seed(0)
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 128), torch.linspace(-1, 1, 128), indexing="ij")
+    is_plain = method is reading.border_median
+    paper = 150 + (0 if is_plain else 30 * x - 20 * y + 15 * x * x - 25 * x * y + 10 * y * y)
+    for level, lowest in (3, 0), (0, 0.6 if method is reading.close else 2):
+        gray = paper + level * torch.randn(128, 128)
+        gray[30:100, 60:70] -= sign * 90
+        background, noise, found = method(gray)
+        assert (background - paper).abs().max() < max(0.5, 1.5 * level) and found == sign
+        assert noise == pytest.approx(level or lowest, rel=0.1)
+
+
+def test_the_first_background_from_which_enough_stands_out_is_used(monkeypatch):
+    gray = torch.full((50, 50), 100.0)
+    gray[10:40, 20:26] = 40
+    gray[10:40, 30:32] = 75
+    for noises, method in (
+        ((7.4, 1, 1), 0),
+        ((7.6, 14.9, 1), 1),
+        ((7.6, 15.1, 14.9), 2),
+        ((8, 16, 15.1), None),
+    ):
+        backgrounds = [mock.Mock(return_value=(torch.full((50, 50), 100.0), noise, 1)) for noise in noises]
+        for name, background in zip(("border_median", "fit_surface", "close"), backgrounds):
+            monkeypatch.setattr(reading, name, background)
+        ink = reading.find_ink(gray)
+        tried = sum(background.called for background in backgrounds)
+        assert tried == (3 if method is None else method + 1) and (ink is None) == (method is None)
+        if ink is not None:
+            low = min(2 * noises[method], 30)  # ink starts at twice the noise, but no higher than half
+            assert ink[20, 22] == 1 and ink[0, 0] == 0
+            assert float(ink[20, 30]) == pytest.approx(max(0, (25 - low) / (60 - low)), abs=1e-5)
+
+
+def test_what_is_three_times_as_strong_as_the_rest_is_the_ink():
+    paper = torch.zeros(900)
+    for strongest, expected in (29, 10), (31, 31):
+        values = torch.cat([paper, torch.full((90,), 10.0), torch.full((10,), float(strongest))])
+        assert reading.typical_ink(values) == expected
+    assert reading.typical_ink(torch.zeros(100)) == reading.typical_ink(torch.ones(1)) == 0
+
+
+def test_lines_of_81_pixels_are_removed_except_where_they_cross_strokes():
+    for length, is_line in (80, False), (81, True):
+        line, stroke = (50, 10, 2, length), (20, 60, 60, 6)
+        for ink, rest in (bars(line, stroke), bars(stroke)), (bars(line, stroke).T, bars(stroke).T):
+            assert torch.equal(reading.remove_lines(ink), rest if is_line else ink)
+    only_lines = bars((50, 0, 2, 200), (0, 60, 200, 2))
+    assert torch.equal(reading.remove_lines(only_lines), only_lines)
+
+
+def test_contacts_with_the_edge_are_counted_once_each():
+    assert reading.edge_contacts(bars((10, 0, 2, 200), (50, 0, 2, 200))) == 4
+    assert reading.edge_contacts(bars(*[(y, x, 10, 10) for y in (0, 190) for x in (0, 190)])) == 4
+    assert reading.edge_contacts(bars((1, 1, 198, 198))) == reading.edge_contacts(bars((0, 0, 200, 200))) == 0
+
+
+def test_the_width_of_the_pen_is_twice_the_area_by_the_outline():
+    for width in 4, 12, 20:
+        expected = 2 * 160 * width / (2 * (160 + width) - 4)
+        assert reading.pen_width(bars((20, 90, 160, width))) == pytest.approx(expected)
+
+
+def test_otsus_threshold_has_the_largest_variance_between_the_classes():
+    torch.manual_seed(0)
+    for _ in range(20):
+        values = torch.cat([torch.randn(50) * 3, torch.randn(30) + 10 * torch.rand(1)])
+        below = [(values <= threshold) for threshold in values.sort().values[:-1]]
+        variances = [n.sum() * (~n).sum() * (values[n].mean() - values[~n].mean()) ** 2 for n in below]
+        best = values.sort().values[int(torch.stack(variances).argmax())]
+        assert reading.otsu_threshold(values) == best
+
+
+def flood(mask):
+    """The components of a mask, each a set of pixels; diagonal neighbors are connected."""
+    rest = {(int(y), int(x)) for y, x in mask.nonzero()}
+    while rest:
+        component, new = set(), {rest.pop()}
+        while new:
+            component |= new
+            new = {(y + dy, x + dx) for y, x in new for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & rest
+            rest -= new
+        yield component
+
+
+def test_components_are_labeled_and_only_close_ones_together():
+    generator = torch.Generator().manual_seed(0)
+    for size in (20, 21), (31, 17), (1, 9), (40, 40):
+        mask = torch.rand(size, generator=generator) < 0.15
+        labels = reading.label_components(mask)
+        assert torch.equal(labels > 0, mask)
+        components = list(flood(mask))
+        for component in components:
+            assert len({int(labels[pixel]) for pixel in component}) == 1
+        for index, one in enumerate(components):
+            for other in components[:index]:
+                if labels[next(iter(one))] == labels[next(iter(other))]:
+                    continue
+                assert min(max(abs(a - c), abs(b - d)) for a, b in one for c, d in other) > 1
+        far = torch.zeros(size, dtype=torch.bool)
+        far[::4, ::4] = True
+        assert len(reading.label_components(far).unique()) == far.sum() + 1
+
+
+@pytest.mark.parametrize("height, width, left", [(100, 50, 9), (50, 100, 4), (7, 9, 4), (200, 200, 4)])
+def test_a_digit_fills_20_pixels_around_its_centroid(height, width, left):
+    image = reading.center(bars((0, 0, height, width)))
+    size = [round(20 * side / max(height, width)) for side in (height, width)]
+    top = 14 - round(size[0] / 2)
+    expected = torch.zeros(28, 28)
+    expected[top : top + size[0], left : left + size[1]] = 255
+    assert torch.equal(image.float(), expected)
+
+
+def test_a_digit_with_its_ink_on_one_side_stays_in_the_image():
+    image = reading.center(bars((0, 0, 100, 10), (95, 0, 5, 100))).float()
+    assert image[:, 8:].sum() > 0 and image[:, :8].sum() == 0 and image[:, 27].sum() > 0
+
+
+def test_strokes_thinner_than_a_25th_of_the_digit_are_widened():
+    for width in 1, 2, 3, 5, 6:
+        ink = reading.center(bars((50, 95, 100, width), (50, 60, width, 80))).float() / 255
+        stem = float(ink[14].sum()) * 100 / 20  # pixels of the drawing
+        assert 4 < stem < 5.6 if width < 4 else stem == pytest.approx(width, abs=0.3)
+
+
+@pytest.mark.parametrize(
+    "share, color, speck, same, is_cut",
+    [
+        (0.45, 140, 0, 0, True),
+        (0.36, 140, 0, 0, False),
+        (0.45, 125, 0, 0, False),  # less than 30 gray levels
+        (0.45, 140, 10, 0, True),  # 12 gray levels are noise
+        (0.45, 140, 15, 0, False),  # what differs is everything
+        (0.45, 140, 0, 0.05, True),
+        (0.45, 140, 0, 0.15, False),  # more than a tenth of what begins there has the color of the frame
+    ],
+)
+def test_a_frame_has_one_color_and_ends_at_another(share, color, speck, same, is_cut):
+    page = Image.new("L", (250, 250), 100)
+    side = round(250 * share**0.5)
+    start = (250 - side) // 2
+    page.paste(color, (start, start, start + side, start + side))
+    page.paste(100, (start + 20, start, start + 20 + round(4 * side * same), start + 1))
+    for corner in (0, 0), (249, 249):
+        page.putpixel(corner, 100 + speck)
+    assert reading.cut_bars(page).size == ((side, side) if is_cut else (250, 250))
+
+
+def test_a_closer_look_is_taken_at_digits_smaller_than_a_third(monkeypatch):
+    find_digit = mock.Mock(side_effect=reading.find_digit)
+    monkeypatch.setattr(reading, "find_digit", find_digit)
+    for side, expected in (40, [(128, 128), (120, 120)]), (46, [(128, 128)]):
+        find_digit.reset_mock()
+        page = Image.new("L", (128, 128), 255)
+        page.paste(0, (44, 44, 44 + side // 4, 44 + side))
+        page.paste(0, (44, 44, 44 + side, 44 + side // 4))
+        reading.read_digit(page)
+        assert [call.args[0].size for call in find_digit.call_args_list] == expected
+
+
+@pytest.mark.parametrize(
+    "size, expected",
+    [((2_048, 2_048), [1_024, 1_024]), ((1_000, 1_048), [1_000, 1_048]), ((4_096, 1_024), [2_048, 512])],
+)
+def test_images_in_memory_have_at_most_a_megapixel(size, expected):
+    assert reading.scaled_size(Image.new("1", size)) == expected
