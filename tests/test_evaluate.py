@@ -7,9 +7,10 @@ import torch
 from PIL import Image
 
 import datafile
+import evaluate
 import models
 from conftest import WEIGHTS, seven
-from support import checkpoint, plots
+from support import checkpoint, devices, plots
 from support.handwriting.reading import read_digit
 
 
@@ -135,6 +136,15 @@ def test_the_plots_are_of_the_ensemble(call, small_data, monkeypatch):
     images, probabilities, labels, folder = given
     assert int(errors[2]) == (probabilities.argmax(1) != labels).sum() != int(errors[0])
     assert len(images) == 1_000 and folder == Path("plots")
+
+
+def test_the_models_are_moved_to_the_device_that_is_selected(call, monkeypatch):
+    used = []
+    monkeypatch.setattr(devices, "select_device", lambda chosen: chosen or torch.device("meta"))
+    monkeypatch.setattr(evaluate, "evaluate", lambda models, args: used.extend([args.device, *models]))
+    call("evaluate.py")
+    device, model = used
+    assert device == next(model.parameters()).device == torch.device("meta")
 
 
 def test_only_64_images_are_plotted_and_the_others_are_counted(call, tmp_path, monkeypatch):

@@ -338,6 +338,7 @@ def test_each_of_several_workers_gets_its_own_gpu_or_an_error(monkeypatch):
     "environment, script, is_notebook, changed",
     [
         ({}, ROOT / "train.py", False, True),
+        pytest.param({}, Path("link") / "train.py", False, True, marks=posix),
         ({"OMP_NUM_THREADS": "1"}, ROOT / "train.py", False, False),  # torchrun sets it too
         ({"GOMP_SPINCOUNT": "1"}, ROOT / "train.py", False, False),
         ({"KMP_AFFINITY": "none"}, ROOT / "train.py", False, False),
@@ -346,8 +347,11 @@ def test_each_of_several_workers_gets_its_own_gpu_or_an_error(monkeypatch):
     ],
 )
 def test_threads_stop_spinning_unless_the_user_decides(
-    monkeypatch, environment, script, is_notebook, changed
+    monkeypatch, tmp_path, environment, script, is_notebook, changed
 ):
+    if script.parent == Path("link"):
+        monkeypatch.chdir(tmp_path)
+        script.parent.symlink_to(ROOT)
     for name in list(os.environ):
         if name.startswith(("OMP_", "GOMP_", "KMP_")):
             monkeypatch.delenv(name)

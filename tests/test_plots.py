@@ -36,6 +36,7 @@ def test_curves_show_each_metric_in_its_unit_and_the_saved_epoch():
         assert vertical == [[2.5, 2.5], [3.5, 3.5]]
         assert ax.get_title() == {"loss": "Loss", "accuracy": "Accuracy (%)"}[metric]
         assert ax.get_xlabel() == "Epoch" and ax.get_xlim() == (0.5, 4.5)
+        assert all(tick == int(tick) for tick in ax.get_xticks())
     legend = [text.get_text() for text in fig.axes[1].get_legend().get_texts()]
     assert legend == ["training", "validation", "saved", "learning rate lowered"]  # each once
 
@@ -67,6 +68,7 @@ def test_mistakes_are_titled_label_as_prediction_the_most_confident_first(tmp_pa
     shown = [ax for ax in figures["mistakes.png"].axes if ax.get_images()]
     assert [ax.get_title() for ax in shown] == ["8 as 0, 80%", "3 as 2, 70%", "1 as 7, 60%"]
     assert [float(ax.get_images()[0].get_array()[0, 0]) for ax in shown] == [2, 0, 3]
+    assert {ax.get_images()[0].get_cmap().name for ax in shown} == {"gray_r"}  # black ink on white
     many = torch.zeros(30, dtype=torch.int64)
     plots.save_evaluation(images[:1].expand(30, 1, 28, 28), probabilities[:1].expand(30, 10), many, tmp_path)
     assert sum(bool(ax.get_images()) for ax in figures["mistakes.png"].axes) == 24
