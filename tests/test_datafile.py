@@ -415,6 +415,7 @@ def test_mnist_is_downloaded_to_an_empty_directory(few_images, tmp_path, mirror,
     new = tmp_path / "new"
     new.mkdir()
     (new / ".DS_Store").touch()  # hidden files are no data set
+    monkeypatch.setattr(datafile.tempfile, "tempdir", "elsewhere")  # it may be another disk
     # An interrupted download leaves nothing that the next one takes for MNIST,
     with monkeypatch.context() as patch:
         patch.setattr(datasets.MNIST, "resources", resources[:2] + [("missing.gz", None)])

@@ -581,6 +581,8 @@ def test_lines_of_81_pixels_are_removed_except_where_they_cross_strokes():
 def test_contacts_with_the_edge_are_counted_once_each():
     assert reading.edge_contacts(bars((10, 0, 2, 200), (50, 0, 2, 200))) == 4
     assert reading.edge_contacts(bars(*[(y, x, 10, 10) for y in (0, 190) for x in (0, 190)])) == 4
+    edge = reading.border(torch.arange(20).view(5, 4)).sort().values.tolist()
+    assert edge == [0, 1, 2, 3, 4, 7, 8, 11, 12, 15, 16, 17, 18, 19]
     assert reading.edge_contacts(bars((1, 1, 198, 198))) == reading.edge_contacts(bars((0, 0, 200, 200))) == 0
 
 
