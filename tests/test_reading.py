@@ -204,6 +204,10 @@ def test_a_path_a_file_and_an_image_give_the_same(tmp_path):
     assert torch.equal(reading.read_digit(io.BytesIO((tmp_path / "seven.png").read_bytes())), expected)
     image = seven()
     assert torch.equal(reading.read_digit(image), expected) and image.size == (200, 200)
+    seven(2_500).save(tmp_path / "large.jpg")
+    with Image.open(tmp_path / "large.jpg") as photo:
+        reading.read_digit(photo)
+        assert photo.size == (2_500, 2_500)  # the caller's image is not decoded at a fraction of its size
 
 
 @pytest.mark.parametrize("kind", handwriting.KINDS[:-4], ids=lambda kind: kind.__name__)
