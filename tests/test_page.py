@@ -355,8 +355,14 @@ def test_everything_fits_without_scrolling_and_follows_dark_mode(port, browser, 
     """
     assert browser.execute_script(script)
     assert browser.execute_script("return document.documentElement.scrollHeight <= innerHeight")
-    color = browser.execute_script("return getComputedStyle(document.querySelector('h1')).color")
-    assert color == "rgb(255, 255, 255)"
+    script = "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]"
+    for part, key, value in (
+        ("h1", "color", "rgb(255, 255, 255)"),
+        ("#bars i", "background-color", "rgb(86, 180, 233)"),  # lighter than on a light page
+        ("#bars .best", "font-weight", "700"),
+        ("#seen", "image-rendering", "pixelated"),
+    ):
+        assert browser.execute_script(script, part, key) == value
 
 
 def test_the_page_says_if_the_server_has_stopped(browser):
@@ -509,6 +515,7 @@ def test_the_page_reads_as_text_and_announces_the_answer_once(port, browser):
     assert re.fullmatch(r"3 \d+\.\d%", browser.execute_script("return $('announcement').textContent"))
     nodes = browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
     names = {(node["role"]["value"], node["name"]["value"]) for node in nodes if node.get("name")}
+    assert browser.find_element("id", "announcement").aria_role == "status"
     assert ("table", "Probability of each digit") in names and ("rowheader", "3") in names
     best = browser.find_element("css selector", "#bars .best").text
     assert re.fullmatch(r"3\s+\d+\.\d%", best)

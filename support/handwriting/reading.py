@@ -258,7 +258,7 @@ def center(ink):
         ink = max_pool2d(ink[None, None], pen, 1, pen // 2)[0, 0]
     size = [max(1, round(20 * side / max(ink.shape))) for side in ink.shape]
     digit = interpolate(ink[None, None], size, mode="bilinear", antialias=True)[0, 0]
-    digit = (digit / digit.max()).clamp(0, 1)
+    digit = digit / digit.max()
     image = torch.zeros(28, 28)
     offsets = []
     for side, sums in zip(size, (digit.sum(1), digit.sum(0))):
@@ -363,7 +363,7 @@ def label_components(mask):
         if torch.equal(spread, labels):
             break
         # Each label is the index of a pixel, so follow it to that pixel's label (pointer jumping).
-        labels = spread.flatten()[(spread.long() - 1).clamp(min=0)] * small
+        labels = spread.flatten()[spread.long() - 1] * small
     height, width = mask.shape
     return labels.long().repeat_interleave(2, 0).repeat_interleave(2, 1)[:height, :width] * mask
 
