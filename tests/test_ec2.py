@@ -90,13 +90,17 @@ def test_the_defaults_cost_what_the_page_says_and_open_one_port():
     }
 
 
-WRONG = {"Address": ["203.0.113.7", "0.0.0.0/0", "256.1.1.1/32", "1.2.3.4.5/32"], "PublicKey": ["", KEY[12:]]}
+WRONG = {
+    "Address": ["203.0.113.7", "0.0.0.0/0", "256.1.1.1/32", "1.2.3.4.5/32"],
+    "PublicKey": ["", KEY[12:], f"ssh-dss {KEY[12:]}"],
+}
 
 
 @pytest.mark.parametrize("name, right", [("Address", "203.0.113.7/32"), ("PublicKey", KEY)])
 def test_a_wrong_address_or_key_is_refused_with_a_sentence(name, right):
     parameter = TEMPLATE["Parameters"][name]  # CloudFormation matches the whole value; moto does not check it
     matches = [value for value in [right, *WRONG[name]] if re.fullmatch(parameter["AllowedPattern"], value)]
+    assert re.fullmatch(parameter["AllowedPattern"], right.replace("ed25519", "rsa"))
     assert matches == [right] and parameter["ConstraintDescription"].startswith("must be ")
 
 

@@ -355,6 +355,7 @@ def test_everything_fits_without_scrolling_and_follows_dark_mode(port, browser, 
     """
     assert browser.execute_script(script)
     assert browser.execute_script("return document.documentElement.scrollHeight <= innerHeight")
+    assert browser.execute_script("return innerWidth") == width  # not zoomed out
     script = "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]"
     for part, key, value in (
         ("h1", "color", "rgb(255, 255, 255)"),
@@ -516,6 +517,7 @@ def test_the_page_reads_as_text_and_announces_the_answer_once(port, browser):
     nodes = browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
     names = {(node["role"]["value"], node["name"]["value"]) for node in nodes if node.get("name")}
     assert browser.find_element("id", "announcement").aria_role == "status"
+    assert ("image", "Paper to draw a digit on") in names and ("image", "28 x 28 pixels") in names
     assert ("table", "Probability of each digit") in names and ("rowheader", "3") in names
     best = browser.find_element("css selector", "#bars .best").text
     assert re.fullmatch(r"3\s+\d+\.\d%", best)

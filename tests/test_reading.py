@@ -593,6 +593,8 @@ def test_lines_of_81_pixels_are_removed_except_where_they_cross_strokes():
 def test_contacts_with_the_edge_are_counted_once_each():
     assert reading.edge_contacts(bars((10, 0, 2, 200), (50, 0, 2, 200))) == 4
     assert reading.edge_contacts(bars(*[(y, x, 10, 10) for y in (0, 190) for x in (0, 190)])) == 4
+    for y, x in ((y, x) for y in range(6) for x in range(6)):
+        assert reading.edge_contacts(bars((y, x, 1, 1), size=6)) == (y in (0, 5) or x in (0, 5))
     edge = reading.border(torch.arange(20).view(5, 4)).sort().values.tolist()
     assert edge == [0, 1, 2, 3, 4, 7, 8, 11, 12, 15, 16, 17, 18, 19]
     assert reading.edge_contacts(bars((1, 1, 198, 198))) == reading.edge_contacts(bars((0, 0, 200, 200))) == 0
@@ -700,6 +702,18 @@ def test_a_closer_look_is_taken_at_digits_smaller_than_a_third(monkeypatch):
         page.paste(0, (44, 44, 44 + side, 44 + side // 4))
         reading.read_digit(page)
         assert [call.args[0].size for call in find_digit.call_args_list] == expected
+
+
+@pytest.mark.parametrize("number", [3, 4])
+def test_four_lines_from_edge_to_edge_are_removed_and_three_are_strokes(monkeypatch, number):
+    remove_lines = mock.Mock(side_effect=reading.remove_lines)
+    monkeypatch.setattr(reading, "remove_lines", remove_lines)
+    page = Image.new("L", (128, 128), 255)
+    page.paste(0, (60, 20, 66, 100))
+    for index in range(number):
+        page.paste(0, (0, 15 + 30 * index, 128, 17 + 30 * index))
+    reading.find_digit(page)
+    assert remove_lines.called == (number == 4)
 
 
 @pytest.mark.parametrize(
