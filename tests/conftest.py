@@ -173,6 +173,11 @@ def wait_for(process, text):
             process.wait(0.005)
 
 
+def best_weights(folder):
+    """The weights in the files best_....pth of a folder."""
+    return {name: state for name, state in saved_states(folder).items() if name.startswith("best")}
+
+
 def saved_states(folder):
     """Reads every checkpoint in the folder that has its final name, each of which must be whole."""
     return {path.name: checkpoint.read(path) for path in sorted(folder.glob("[!.]*.pth"))}

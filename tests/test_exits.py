@@ -18,7 +18,7 @@ import torch
 from nbclient import NotebookClient
 
 import train
-from conftest import BLOCK, ONE_THREAD, ROOT, WEIGHTS, end, same, saved_states, wait_for
+from conftest import BLOCK, ONE_THREAD, ROOT, WEIGHTS, best_weights, end, same, saved_states, wait_for
 from support import checkpoint, devices, exits, files, flags, startup
 
 posix = pytest.mark.skipif(os.name == "nt", reason="signals, locks and shells as on Linux and macOS")
@@ -418,10 +418,6 @@ def workers(number, folder, small_data, *arguments):
     return subprocess.Popen(command, cwd=folder, env=ONE_THREAD, **pipes)
 
 
-def weights(folder):
-    return {name: state for name, state in saved_states(folder).items() if name.startswith("best")}
-
-
 def children(pid):
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
@@ -442,7 +438,7 @@ def test_a_killed_worker_costs_only_its_unfinished_run(small_data, fit, tmp_path
     assert running.returncode == 0, errors
     expected = fit("--model", "Model_1", *options, "--output-dir", "whole").stdout
     assert output[output.index("\nModel_1   ") :] == expected[expected.index("\nModel_1   ") :]
-    assert same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+    assert same(best_weights(tmp_path / "killed"), best_weights(tmp_path / "whole"))
 
 
 @pytest.mark.parametrize("rank, expected", [(0, ["check", "barrier"]), (1, ["barrier"])])

@@ -62,6 +62,27 @@ def ask(port, body=None, method="POST", path="/", **headers):
     return answer.status, answer.read().decode()
 
 
+@pytest.fixture
+def serve():
+    """Serves the page with another function than `evaluate.py`'s; returns the port."""
+    servers = []
+
+    def serve(classify):
+        servers.append(page.make_server(classify))
+        threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
+        return servers[-1].server_port
+
+    def stop():
+        while servers:
+            server = servers.pop()
+            server.shutdown()
+            server.server_close()
+
+    serve.stop = stop
+    yield serve
+    stop()
+
+
 SEVEN = json.dumps([[(70, 50), (210, 50), (130, 230)]])
 
 
@@ -366,27 +387,20 @@ def test_everything_fits_without_scrolling_and_follows_dark_mode(port, browser, 
         assert browser.execute_script(script, part, key) == value
 
 
-def test_the_page_says_if_the_server_has_stopped(browser):
-    server = page.make_server(
-        lambda content: {"probabilities": [0.1] * 10, "image": [0] * 784, "warning": ""}
-    )
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    drawer = Drawer(browser, server.server_port)
-    server.shutdown()
-    server.server_close()
+def test_the_page_says_if_the_server_has_stopped(browser, serve):
+    answer = {"probabilities": [0.1] * 10, "image": [0] * 784, "warning": ""}
+    drawer = Drawer(browser, serve(lambda content: answer))
+    serve.stop()
     for _ in range(2):  # a connection that the browser opened in advance may answer the first time
         drawer.draw(STROKES[1])
     assert drawer.answer() is None and not browser.find_element("id", "figure").is_displayed()
     assert browser.find_element("id", "message").text.startswith("The server has stopped")
 
 
-def test_a_bug_in_the_server_is_shown_on_standard_error(capfd):
-    server = page.make_server(lambda image: 1 / 0)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+def test_a_bug_in_the_server_is_shown_on_standard_error(serve, capfd):
     with pytest.raises(http.client.RemoteDisconnected):
-        ask(server.server_port, SEVEN)
-    server.shutdown()
-    server.server_close()
+        ask(serve(lambda image: 1 / 0), SEVEN)
+    serve.stop()
     assert "ZeroDivisionError" in capfd.readouterr().err
 
 
@@ -455,7 +469,7 @@ def test_one_finger_or_the_main_button_draws_and_a_lost_release_ends_the_stroke(
     assert browser.execute_script("return strokes.map(stroke => stroke.length)") == [3, 1, 1]
 
 
-def test_an_answer_to_a_drawing_that_was_cleared_is_dropped(browser):
+def test_an_answer_to_a_drawing_that_was_cleared_is_dropped(browser, serve):
     waiting, release = threading.Event(), threading.Event()
 
     def read(content):
@@ -463,9 +477,7 @@ def test_an_answer_to_a_drawing_that_was_cleared_is_dropped(browser):
         release.wait(10)
         return {"probabilities": [1.0] + [0.0] * 9, "image": [255] * 784, "warning": ""}
 
-    server = page.make_server(read)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    drawer = Drawer(browser, server.server_port)
+    drawer = Drawer(browser, serve(read))
     events(
         browser,
         ("pointerdown", 50, 50, {"pointerId": 1, "buttons": 1}),
@@ -477,11 +489,9 @@ def test_an_answer_to_a_drawing_that_was_cleared_is_dropped(browser):
     while browser.execute_script("return busy"):
         time.sleep(0.01)
     assert drawer.answer() is None and browser.find_element("id", "digit").text == ""
-    server.shutdown()
-    server.server_close()
 
 
-def test_the_reason_why_a_drawing_cannot_be_read_replaces_the_answer(browser):
+def test_the_reason_why_a_drawing_cannot_be_read_replaces_the_answer(browser, serve):
     answers = [{"probabilities": [1.0] + [0.0] * 9, "image": [255] * 784, "warning": ""}]
 
     def read(content):
@@ -489,9 +499,7 @@ def test_the_reason_why_a_drawing_cannot_be_read_replaces_the_answer(browser):
             raise ImageError("the drawing is too faint")
         return answers.pop()
 
-    server = page.make_server(read)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    drawer = Drawer(browser, server.server_port)
+    drawer = Drawer(browser, serve(read))
     for expected, message in (0, "100.0%"), (None, "the drawing is too faint"):
         events(
             browser,
@@ -500,8 +508,6 @@ def test_the_reason_why_a_drawing_cannot_be_read_replaces_the_answer(browser):
         )
         assert drawer.answer() == expected and browser.find_element("id", "message").text == message
     assert browser.find_element("id", "digit").text == ""
-    server.shutdown()
-    server.server_close()
 
 
 def test_the_page_reads_as_text_and_announces_the_answer_once(port, browser):
