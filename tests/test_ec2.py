@@ -56,10 +56,16 @@ def test_the_instance_is_private_and_terminates_itself_after_each_boot():
     disk = data["BlockDeviceMappings"][0]["Ebs"]
     assert disk["Encrypted"] is disk["DeleteOnTermination"] is True
     assert data["MetadataOptions"] == {"HttpTokens": "required"}
-    assert data["NetworkInterfaces"][0]["AssociatePublicIpAddress"] is True
-    assert data["Placement"]["Fn::If"][:2] == ["HasZone", {"AvailabilityZone": {"Ref": "Zone"}}]
-    assert data["InstanceMarketOptions"]["Fn::If"][:2] == ["IsSpot", {"MarketType": "spot"}]
-    assert [image.split("/")[3] for image in data["ImageId"]["Fn::If"][1:]] == ["deeplearning", "canonical"]
+    (interface,) = data["NetworkInterfaces"]
+    groups = [{"Fn::GetAtt": ["SecurityGroup", "GroupId"]}]
+    assert interface == {"DeviceIndex": 0, "AssociatePublicIpAddress": True, "Groups": groups}
+    assert data["KeyName"] == {"Ref": "KeyPair"}
+    assert RESOURCES["KeyPair"]["PublicKeyMaterial"] == {"Ref": "PublicKey"}
+    nothing = {"Ref": "AWS::NoValue"}
+    assert data["Placement"]["Fn::If"] == ["HasZone", {"AvailabilityZone": {"Ref": "Zone"}}, nothing]
+    assert data["InstanceMarketOptions"]["Fn::If"] == ["IsSpot", {"MarketType": "spot"}, nothing]
+    images = [re.findall(r"deeplearning|canonical|24\.04", image) for image in data["ImageId"]["Fn::If"][1:]]
+    assert images == [["deeplearning", "24.04"], ["canonical", "24.04"]]
     assert data["InstanceInitiatedShutdownBehavior"] == "terminate"
     (script,) = yaml.safe_load(data["UserData"]["Fn::Base64"]["Fn::Sub"])["write_files"]
     assert script["path"].startswith("/var/lib/cloud/scripts/per-boot/")  # cloud-init runs these at each boot
@@ -73,6 +79,10 @@ def test_the_defaults_cost_what_the_page_says_and_open_one_port():
     choices = {"InstanceType": "g4dn.xlarge", "Hours": 8, "Spot": "false", "Zone": ""}
     assert defaults == {"Address": None, "PublicKey": None} | choices
     assert TEMPLATE["Parameters"]["Hours"]["MinValue"] == 1
+    types = TEMPLATE["Parameters"]["InstanceType"]
+    assert types["AllowedValues"] == ["g4dn.xlarge", "g5.xlarge", "g6.xlarge", "c7i.large"]
+    assert all(name in types["ConstraintDescription"] for name in types["AllowedValues"])
+    assert TEMPLATE["Parameters"]["Spot"]["AllowedValues"] == ["true", "false"]
     port = {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22, "CidrIp": {"Ref": "Address"}}
     assert RESOURCES["SecurityGroup"]["SecurityGroupIngress"] == [port]
     data = RESOURCES["LaunchTemplate"]["LaunchTemplateData"]
