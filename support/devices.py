@@ -20,7 +20,7 @@ def parse_device(text):
     try:
         torch.zeros(1, device=text).item()
     except Exception as error:  # unavailable devices raise many different exceptions
-        reason = str(error).strip().split("\n")[0]
+        reason = str(error).split("\n")[0]
         raise argparse.ArgumentTypeError(f"device {text!r} is not available: {reason}") from error
     return torch.device(text)
 

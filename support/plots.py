@@ -22,7 +22,7 @@ def default_style(failure):
             matplotlib.rcdefaults()
             yield
     except Exception as error:  # a broken installation, style file or font may raise anything
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        reason = str(error).split("\n")[0] or type(error).__name__
         raise RunError(f"{failure}: {reason}") from error
 
 
