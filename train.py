@@ -195,7 +195,6 @@ def train(name, args, seed, fold=None):
         checkpoint.back_up(last_path, best_path)  # so that this run overwrites only its own files
     try:
         epochs = args.epochs or RECIPES[name].epochs
-        devices.keep_freed_memory()
         while not state.is_finished(epochs, args.early_stopping):
             run_epoch(state, loaders, args.augment)
             state.save(last_path, best_path)  # save first, so that every epoch printed can be resumed from

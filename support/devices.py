@@ -47,15 +47,6 @@ def select_device(chosen=None):
     return chosen
 
 
-def keep_freed_memory():
-    """Raises glibc's mmap threshold so that memory freed by one step is reused by the next.
-
-    Otherwise it is returned to the kernel and zeroed on reuse, which can take up to half of a CPU step.
-    The threshold becomes the size of the largest block freed so far, up to 32 MiB.
-    """
-    torch.empty(33_000_000, dtype=torch.uint8)
-
-
 def capture(function, *batch):
     """Returns `function`, of tensors on CUDA, as a CUDA graph: one launch instead of one per kernel.
 

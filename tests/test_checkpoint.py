@@ -163,6 +163,14 @@ def test_a_state_that_pytorch_cannot_load_is_rejected_with_both_versions(state, 
     assert sentence in refusal(tmp_path / "other.pth", state)
 
 
+@pytest.mark.parametrize("value", [None, 5, "text", {}, torch.zeros(3)], ids=repr)
+@pytest.mark.parametrize("part", ["settings", "model", "average_model", "optimizer", "random"])
+@pytest.mark.filterwarnings("ignore:Using a non-tuple sequence")
+def test_a_state_with_a_part_of_another_form_is_rejected(state, tmp_path, part, value):
+    save(put(state, (part,), value), tmp_path / "other.pth")
+    assert "cannot be loaded" in refusal(tmp_path / "other.pth", state)
+
+
 def test_a_state_of_an_older_pytorch_without_an_option_of_the_optimizer_is_loaded(state, tmp_path):
     (group,) = state["optimizer"]["param_groups"]
     older = {key: value for key, value in group.items() if key != "decoupled_weight_decay"}

@@ -123,11 +123,14 @@ class StandIn:
     As in a real graph, its results have no values before the first replay.
     """
 
+    replays = 0
+
     def __init__(self):
         self.calls = []
 
     @torch.no_grad()
     def replay(self):
+        StandIn.replays += 1
         for function, arguments, options, results in self.calls:
             again = function(*arguments, **options)
             for result, value in zip(tree_leaves(results), tree_leaves(again)):
@@ -183,3 +186,4 @@ def test_a_captured_step_trains_as_the_step_itself(mnist, monkeypatch):
         results.append((losses, model.state_dict()))
     torch.testing.assert_close(*results)
     assert len(set(map(float, results[0][0]))) == len(batches)
+    assert StandIn.replays == len(batches) - 1

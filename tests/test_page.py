@@ -114,7 +114,7 @@ def test_strokes_are_drawn_as_thick_and_as_round_as_on_the_page():
 
 
 def test_an_invalid_drawing_gets_a_status_and_a_message_and_the_server_keeps_running(port):
-    for body in "7", "", "[7]", "[[7]]", '[[["a", "b"]]]', '{"a": 1}', b"\xff\x00":
+    for body in "7", "", "[7]", "[[7]]", '[[["a", "b"]]]', '{"a": 1}', b"\xff\x00", f"[[[{10**400}, 1]]]":
         assert ask(port, body) == (422, "the drawing is not a list of strokes"), body
     assert ask(port, "[]") == (422, "the image is empty: nothing stands out from the background")
     assert ask(port, None)[0] in (413, 422)

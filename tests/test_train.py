@@ -571,14 +571,3 @@ def test_only_the_first_process_draws_a_bar(epoch, monkeypatch, rank):
     )
     epoch(1)
     assert bars == [rank == 1]
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
-def test_memory_that_a_step_has_freed_is_reused():
-    code = "import resource, torch; from support import devices; devices.keep_freed_memory()\n"
-    code += "step = lambda: [torch.ones(1_000_000) for _ in range(10)]\n"
-    code += "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-    code += "step(); before = faults(); [len(step()) for _ in range(10)]; print(faults() - before)"
-    command = [sys.executable, "-c", code]
-    faults = subprocess.run(command, cwd=ROOT, env=ONE_THREAD, capture_output=True, text=True).stdout
-    assert int(faults) < 10_000  # of 50,000 pages

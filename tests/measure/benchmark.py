@@ -33,7 +33,6 @@ sys.path.insert(0, str(ROOT))
 import datafile  # noqa: E402
 import models  # noqa: E402
 import train  # noqa: E402
-from support import devices  # noqa: E402
 from support.augmentation import augment  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -286,7 +285,6 @@ def main():
     versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
     capability, threads = torch.backends.cpu.get_cpu_capability(), torch.get_num_threads()
     print(f"{cpu_name()}, {os.cpu_count()} cores, {capability}, {threads} threads; {versions}, {DEVICE}")
-    devices.keep_freed_memory()  # as a run does before its first epoch
     for row in chosen:
         print(f"{ROWS[row - 1].__doc__}: {ROWS[row - 1]()}", flush=True)
 
