@@ -67,7 +67,9 @@ def test_the_instance_is_private_and_terminates_itself_after_each_boot():
     images = [re.findall(r"deeplearning|canonical|24\.04", image) for image in data["ImageId"]["Fn::If"][1:]]
     assert images == [["deeplearning", "24.04"], ["canonical", "24.04"]]
     assert data["InstanceInitiatedShutdownBehavior"] == "terminate"
-    (script,) = yaml.safe_load(data["UserData"]["Fn::Base64"]["Fn::Sub"])["write_files"]
+    user_data = data["UserData"]["Fn::Base64"]["Fn::Sub"]
+    (script,) = yaml.safe_load(user_data)["write_files"]
+    assert user_data.startswith("#cloud-config\n") and script["content"].startswith("#!/bin/sh\n")
     assert script["path"].startswith("/var/lib/cloud/scripts/per-boot/")  # cloud-init runs these at each boot
     assert script["permissions"] == "0755"
     command = script["content"].replace("${Hours}", "8").replace("shutdown", "echo")

@@ -138,11 +138,12 @@ def test_the_plots_are_of_the_ensemble(call, small_data, monkeypatch):
     assert len(images) == 1_000 and folder == Path("plots")
 
 
-def test_the_models_are_moved_to_the_device_that_is_selected(call, monkeypatch):
+@pytest.mark.parametrize("arguments, function", [([], "evaluate"), (["--draw"], "serve_page")])
+def test_the_models_are_moved_to_the_device_that_is_selected(call, monkeypatch, arguments, function):
     used = []
     monkeypatch.setattr(devices, "select_device", lambda chosen: chosen or torch.device("meta"))
-    monkeypatch.setattr(evaluate, "evaluate", lambda models, args: used.extend([args.device, *models]))
-    call("evaluate.py")
+    monkeypatch.setattr(evaluate, function, lambda models, args: used.extend([args.device, *models]))
+    call("evaluate.py", *arguments)
     device, model = used
     assert device == next(model.parameters()).device == torch.device("meta")
 
