@@ -72,6 +72,7 @@ def test_mistakes_are_titled_label_as_prediction_the_most_confident_first(tmp_pa
     many = torch.zeros(30, dtype=torch.int64)
     plots.save_evaluation(images[:1].expand(30, 1, 28, 28), probabilities[:1].expand(30, 10), many, tmp_path)
     assert sum(bool(ax.get_images()) for ax in figures["mistakes.png"].axes) == 24
+    assert 3.5 < figures["mistakes.png"].get_size_inches()[1] < 5  # three rows
 
 
 def test_one_evaluation_leaves_no_plot_of_another(tmp_path):

@@ -418,6 +418,7 @@ def test_an_older_python_is_a_one_line_error():
 
 def test_recipes_and_optimizers_are_those_described():
     assert train.RECIPES == {"Model_1": (2, 0.01), "Model_2": (12, 0.005), "Model_3": (15, 0.01)}
+    assert train.Recipe() == (15, 0.01)
     create, multiple = train.OPTIMIZERS["sgd"]
     (group,) = create(models.Model_1().parameters(), lr=0.1).param_groups
     assert group["momentum"] == 0.9 and group["nesterov"] is True
