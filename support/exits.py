@@ -20,7 +20,7 @@ def warn(text):
     """Prints a line on standard error, if that is open."""
     if sys.stderr is not None:
         with contextlib.suppress(OSError):
-            print(text, file=sys.stderr, flush=True)
+            print(text, file=sys.stderr)
 
 
 def is_out_of_memory(error):

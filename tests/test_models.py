@@ -124,6 +124,7 @@ def test_model_3_is_as_described():
 
 def test_filters_start_at_the_size_that_keeps_the_variance():
     torch.manual_seed(0)
+    assert P4MConv2d(4, 40, 3)(torch.zeros(1, 32, 7, 7)).shape == (1, 320, 5, 5)  # no padding by default
     for layer in P4MConv2d(4, 40, 3), P4MConv2d(1, 200, 5, orientations=1), P4MReadout(4, 50, 7):
         numbers = layer.weight[0].numel()
         assert float(layer.weight.detach().std() * numbers**0.5) == pytest.approx(1, abs=0.05)

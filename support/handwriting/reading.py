@@ -156,7 +156,7 @@ def fit_surface(gray):
     height, width = gray.shape
     y, x = torch.meshgrid(torch.linspace(-1, 1, height), torch.linspace(-1, 1, width), indexing="ij")
     terms = torch.stack([torch.ones_like(x), x, y, x * x, x * y, y * y]).flatten(1)
-    weight = ((x.abs() > 0.9) | (y.abs() > 0.9)).flatten().float()
+    weight = ((x.abs() > 0.9) | (y.abs() > 0.9)).flatten()
     for _ in range(10):  # iteratively reweighted least squares, starting from the edge of the image
         weighted = weight * terms
         # Solving the normal equations is much cheaper than least squares over all pixels.
@@ -172,12 +172,8 @@ def close(gray):
 
     The closing fills parts that are narrower than a square of 55 pixels.
     """
-    surface, _, _ = fit_surface(gray)
+    surface, _, sign = fit_surface(gray)
     gray = gray - surface
-    low, high = gray.flatten().quantile(torch.tensor([0.02, 0.98]))
-    is_light = (gray > (low + high) / 2).float()
-    corners = is_light[[0, -1]][:, [0, -1]]
-    sign = 1 if border(is_light).mean() + corners.mean() > 1 else -1
     smooth = sign * avg_pool2d(gray[None, None], 3, 1, 1, count_include_pad=False)
     size = [min(55, length) for length in gray.shape]
     # Dilation, then erosion, with squares inside the image.
@@ -285,7 +281,6 @@ def open_image(source, name):
         limit = Image.MAX_IMAGE_PIXELS or math.inf
         if math.prod(image.size) > limit:
             raise Image.DecompressionBombError
-        image.load()
         with contextlib.suppress(Exception):  # corrupt metadata can raise almost anything
             image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":  # more than 8 bits per pixel
