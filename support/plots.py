@@ -40,7 +40,7 @@ def save(path, plot, *arguments, **options):
     """
     content = io.BytesIO()
     with default_style(f"{path} cannot be drawn"):
-        plot(*arguments, **options).savefig(content, format="png")
+        plot(*arguments, **options).savefig(content)
     write_atomically(path, content.getvalue())
     print(f"See {path}")
 

@@ -87,7 +87,8 @@ def put(state, where, value):
     return state
 
 
-def test_a_state_is_restored_bit_for_bit(state_file, state):
+def test_a_state_is_restored_bit_for_bit(state_file, file, state):
+    assert (file["version"], file["pytorch"]) == (VERSION, torch.__version__)
     assert refusal(state_file, state) is None
 
 

@@ -284,6 +284,7 @@ def test_files_with_other_names_are_named_and_not_replaced_by_mnists(few_images,
         for file in datafile.FILES:
             assert file in str(caught.value).split(", only ")[0]
             assert name.format(file) in str(caught.value).split(", only ")[1]
+        assert "other files" not in str(caught.value)  # all four are named
 
 
 @pytest.mark.parametrize("place", [".", "raw", "FashionMNIST/raw"])

@@ -299,6 +299,7 @@ def test_the_default_device_is_cuda_if_it_works_and_a_gpu_that_does_not_is_named
 
     monkeypatch.setattr(devices.torch, "zeros", zeros)
     monkeypatch.setattr(devices.shutil, "which", lambda name: name if has_gpu else None)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(has_gpu))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)

@@ -146,8 +146,8 @@ def find_ink(gray):
 def border_median(gray):
     """The background of a plain picture; returns it, the scale of its noise in gray levels, and the sign."""
     edge = border(gray)
-    background = edge.median().expand_as(gray)
-    noise = 1.5 * (edge - edge.median()).abs().median()
+    background = edge.median()
+    noise = 1.5 * (edge - background).abs().median()
     return background, max(noise, 2), sign_of_ink(background - gray)
 
 
