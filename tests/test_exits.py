@@ -37,14 +37,12 @@ def test_four_signals_interrupt_a_run():
 
 
 @posix
-@pytest.mark.parametrize("name", ["SIGINT", "SIGUSR1"])
-def test_a_signal_ends_the_run_with_one_line_that_says_how_to_resume(start, fit, tmp_path, name):
-    number = getattr(signal, name)
-    # Tests that run in the background, or under nohup, have some signals ignored.
-    running = start("--epochs", 1_000, preexec_fn=lambda: signal.signal(number, signal.SIG_DFL))
+def test_a_signal_ends_the_run_with_one_line_that_says_how_to_resume(start, fit, tmp_path):
+    # Tests that run in the background have this signal ignored.
+    running = start("--epochs", 1_000, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     wait_for(running, "Epoch: 2/")
     time.sleep(random.uniform(0, 0.5))
-    running.send_signal(number)
+    running.send_signal(signal.SIGINT)
     _, errors = end(running)
     assert running.returncode == 130
     epoch = len(checkpoint.read(tmp_path / "last_Model_3.pth")["state"]["history"])
@@ -82,13 +80,18 @@ def test_each_line_appears_at_once_in_a_pipe(start, tmp_path):
 
 
 @posix
-@pytest.mark.parametrize("name", ["SIGHUP", "SIGINT"])
-def test_a_signal_that_was_ignored_at_the_start_stays_ignored(start, name):
+def test_signals_that_were_ignored_at_the_start_stay_ignored(start):
     """As with nohup, and in the background of a script."""
-    number = getattr(signal, name)
-    running = start("--model", "Model_1", preexec_fn=lambda: signal.signal(number, signal.SIG_IGN))
+    ignored = signal.SIGHUP, signal.SIGINT
+
+    def ignore():
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
+
+    running = start("--model", "Model_1", preexec_fn=ignore)
     while running.poll() is None:  # from the start, imports included
-        running.send_signal(number)
+        for number in ignored:
+            running.send_signal(number)
         time.sleep(0.02)
     output, errors = end(running)
     assert (running.returncode, errors) == (0, "")
@@ -167,16 +170,8 @@ def test_a_standard_output_that_fails_is_a_one_line_error_and_the_run_is_saved(s
     epochs = [int(epoch) for epoch in re.findall(r"Epoch: (\d+)/3", ended.stdout)]
     assert len(saved_states(tmp_path)["last_Model_1.pth"]["state"]["history"]) >= max(epochs)
 
-    ended = shell(f"{command} --output-dir closed >&-", tmp_path)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "", "")
+    assert shell(f"{command} --output-dir closed >&- 2>&-", tmp_path).returncode == 0
     assert len(saved_states(tmp_path / "closed")["last_Model_1.pth"]["state"]["history"]) == 3
-
-
-@posix
-def test_without_standard_error_it_trains_without_a_bar(small_data, tmp_path):
-    options = f"--model Model_1 --epochs 1 --data-dir {small_data} --device cpu"
-    ended = shell(f"{sys.executable} {ROOT}/train.py {options} 2>&-", tmp_path)
-    assert ended.returncode == 0 and len(BLOCK.findall(ended.stdout)) == 1
 
 
 @posix
@@ -426,7 +421,7 @@ def children(pid):
 @torchrun
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
 def test_a_killed_worker_costs_only_its_unfinished_run(small_data, fit, tmp_path):
-    options = "--epochs", 12, "--runs", 3
+    options = "--epochs", 3, "--runs", 3
     running = workers(2, tmp_path, small_data, *options, "--output-dir", "killed")
     while not (tmp_path / "killed" / "best_Model_1_seed1.pth").exists():
         assert running.poll() is None

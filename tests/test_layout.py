@@ -40,6 +40,7 @@ def test_imports_run_one_way_and_functions_fit_on_a_screen(path):
             names = [place if node.level else node.module]
         found = {name.split(".")[0] for name in names} & ALLOWED.keys()
         assert found <= ALLOWED[place], f"line {node.lineno}"
+        assert not isinstance(node, ast.Assert), "it is left out by python -O"
         if isinstance(node, ast.FunctionDef):
             assert node.end_lineno - node.lineno < 60, node.name
 
@@ -50,11 +51,9 @@ def test_packages_of_the_same_names_elsewhere_change_nothing(tmp_path):
         (tmp_path / name / "__init__.py").write_text("raise SystemExit('the wrong package')")
     environment = ONE_THREAD | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     (snippet,) = re.findall(r"```python\n(import torch\nfrom datafile.*?)```", README, re.DOTALL)
-    tests = ["-m", "pytest", "-n0", "-q", "--collect-only", "tests/test_metrics.py"]
-    for arguments in ["-c", snippet], tests:
-        command = [sys.executable, *arguments]
-        ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        assert ended.returncode == 0, ended.stderr + ended.stdout
+    command = [sys.executable, "-c", snippet]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.parametrize("path", [*ROOT.glob("tests/measure/*.py")], ids=lambda path: path.name)
