@@ -462,6 +462,9 @@ def test_one_finger_or_the_main_button_draws_and_a_lost_release_ends_the_stroke(
     events(browser, ("pointerdown", 50, 20, first), ("pointermove", 50, 30, {"pointerId": 5, "buttons": 0}))
     events(browser, ("pointermove", 60, 60, first))
     assert browser.execute_script("return strokes.map(stroke => stroke.length)") == [3, 1]
+    events(browser, ("pointerdown", 20, 20, first), ("pointercancel", 20, 20, first))
+    events(browser, ("pointerdown", 80, 20, second), ("pointerup", 80, 20, second))
+    assert browser.execute_script("return strokes.splice(2).length") == 2
     for end in "dispatchEvent(new Event('blur'))", "undo()":
         events(browser, ("pointerdown", 20, 20, second))
         browser.execute_script(end)
