@@ -17,7 +17,7 @@ import datafile
 import evaluate
 import models
 import train
-from conftest import BLOCK, TEST_LINE, WEIGHTS
+from conftest import BLOCK, TEST_LINE, WEIGHTS, best_weights
 from support import checkpoint, devices
 
 META = torch.device("meta")
@@ -83,9 +83,8 @@ def test_a_run_stays_on_its_device_and_never_waits_for_it(optimizer, small_data,
     assert "Model_3 on meta: --batch-size 128 --optimizer " in output
     assert len(BLOCK.findall(output)) == 2 and TEST_LINE.search(output)
     assert (logits.device.type, labels.device.type) == ("cpu", "cpu")
-    assert all(
-        value.device.type == "cpu" for value in checkpoint.read(tmp_path / "best_Model_3.pth").values()
-    )
+    (weights,) = best_weights(tmp_path).values()
+    assert {value.device.type for value in weights.values()} == {"cpu"}
 
     # A saved state comes back to the device, and the generators' states to the CPU.
     last = tmp_path / "last_Model_3.pth"

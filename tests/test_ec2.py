@@ -89,11 +89,8 @@ def test_the_defaults_cost_what_the_page_says_and_open_one_port():
     assert RESOURCES["SecurityGroup"]["SecurityGroupIngress"] == [port]
     data = RESOURCES["LaunchTemplate"]["LaunchTemplateData"]
     disk = data["BlockDeviceMappings"][0]
-    assert (disk["DeviceName"], disk["Ebs"]["VolumeSize"], disk["Ebs"]["VolumeType"]) == (
-        "/dev/sda1",
-        100,
-        "gp3",
-    )
+    assert disk["DeviceName"] == "/dev/sda1"
+    assert (disk["Ebs"]["VolumeSize"], disk["Ebs"]["VolumeType"]) == (100, "gp3")
     assert (data["ImageId"]["Fn::If"][0], data["InstanceType"]) == ("HasGPU", {"Ref": "InstanceType"})
     assert TEMPLATE["Conditions"] == {
         "HasGPU": {"Fn::Not": [{"Fn::Equals": [{"Ref": "InstanceType"}, "c7i.large"]}]},

@@ -252,10 +252,8 @@ def test_a_digit_in_two_parts_is_one_digit_and_a_spot_or_a_line_may_be_none():
     for strokes in five, broken_zero:
         assert reading.read_digit_and_warning(handwriting.draw((200, 200), strokes, 8))[1] == ""
     for strokes in [[(100, 100), (101, 101)]], [[(20, 100), (180, 104)]]:
-        assert (
-            reading.read_digit_and_warning(handwriting.draw((200, 200), strokes, 14))[1]
-            == "this may not be a digit"
-        )
+        page = handwriting.draw((200, 200), strokes, 14)
+        assert reading.read_digit_and_warning(page)[1] == "this may not be a digit"
 
 
 def test_at_most_one_in_500_digits_of_mnist_gets_a_warning(mnist):
@@ -304,11 +302,10 @@ def test_digits_of_mnist_on_unevenly_lit_paper_are_read():
     assert photos.score(checkpoint.load(WEIGHTS / "Model_3.pth"), pictures, labels[:60]) >= 0.98
 
 
-def test_color_alone_separates_ink_from_paper():
+def test_a_difference_in_hue_is_enough_to_separate_ink_from_paper():
     """Red on green of the same lightness."""
-    page = Image.composite(
-        Image.new("RGB", (200, 200), (0, 130, 0)), Image.new("RGB", (200, 200), (255, 0, 0)), seven()
-    )
+    green, red = (Image.new("RGB", (200, 200), color) for color in ((0, 130, 0), (255, 0, 0)))
+    page = Image.composite(green, red, seven())
     assert page.convert("L").getextrema()[1] - page.convert("L").getextrema()[0] < 4
     assert difference(seven(), page) < 0.1
 
@@ -443,15 +440,8 @@ def test_a_directory_that_cannot_be_read_is_reported(tmp_path, monkeypatch, call
 
 
 def test_images_are_found_in_directories_by_extension(tmp_path):
-    for name in (
-        "b.PNG",
-        "a sêven.jpg",
-        "0/deep/c.tiff",
-        "IMG_1.HEIC",
-        "notes.pdf",
-        ".hidden.png",
-        ".git/d.png",
-    ):
+    shown = "b.PNG", "a sêven.jpg", "0/deep/c.tiff", "IMG_1.HEIC", "notes.pdf"
+    for name in *shown, ".hidden.png", ".git/d.png":
         (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "photos" / name).touch()
     (tmp_path / "photos" / "folder.png").mkdir()
@@ -477,9 +467,8 @@ def test_files_that_cannot_be_read_are_errors_that_name_them(tmp_path):
     (tmp_path / "blank.png").write_bytes(b"")
     Image.new("L", (100, 100), 255).save(tmp_path / "empty.png")
     (tmp_path / "bomb.png").write_bytes(huge_png(60_000, 60_000))
-    (tmp_path / "small bomb.png").write_bytes(
-        huge_png(12_000, 12_000)
-    )  # over the limit, under twice the limit
+    small_bomb = huge_png(12_000, 12_000)  # over the limit, under twice the limit
+    (tmp_path / "small bomb.png").write_bytes(small_bomb)
     (tmp_path / "cut.png").write_bytes((tmp_path / "seven.png").read_bytes()[:150])
     (tmp_path / "notes.txt").write_text("7")
     for name, reason in [
@@ -554,12 +543,8 @@ def test_the_first_background_from_which_enough_stands_out_is_used(monkeypatch):
     gray = torch.full((50, 50), 100.0)
     gray[10:40, 20:26] = 40
     gray[10:40, 30:32] = 75
-    for noises, method in (
-        ((7.4, 1, 1), 0),
-        ((7.6, 14.9, 1), 1),
-        ((7.6, 15.1, 14.9), 2),
-        ((8, 16, 15.1), None),
-    ):
+    cases = {(7.4, 1, 1): 0, (7.6, 14.9, 1): 1, (7.6, 15.1, 14.9): 2, (8, 16, 15.1): None}
+    for noises, method in cases.items():
         backgrounds = [mock.Mock(return_value=(torch.full((50, 50), 100.0), noise, 1)) for noise in noises]
         for name, background in zip(("border_median", "fit_surface", "close"), backgrounds):
             monkeypatch.setattr(reading, name, background)

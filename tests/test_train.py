@@ -240,13 +240,8 @@ def test_metrics_and_average_of_an_epoch_are_those_of_a_plain_loop(mnist, epoch)
     images, labels = (tensor[:300] for tensor in mnist.validation.dataset.tensors)
     loader = list(zip(images.split(128), labels.split(128)))
     torch.manual_seed(1)
-    layers = (
-        torch.nn.Conv2d(1, 4, 5, 2),
-        torch.nn.BatchNorm2d(4),
-        torch.nn.Flatten(),
-        torch.nn.Linear(576, 10),
-    )
-    model = torch.nn.Sequential(*layers)
+    convolution, norm = torch.nn.Conv2d(1, 4, 5, 2), torch.nn.BatchNorm2d(4)
+    model = torch.nn.Sequential(convolution, norm, torch.nn.Flatten(), torch.nn.Linear(576, 10))
     plain, average = copy.deepcopy(model), copy.deepcopy(model)
     optimizer, other = (torch.optim.Adam(net.parameters(), lr=0.01, fused=True) for net in (model, plain))
     loss, accuracy = train.train_epoch(model, average, loader, optimizer, epoch, augmented=False)
@@ -365,10 +360,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_best_model(fit, t
     (tmp_path / "best_Model_1.pth").write_text("mine")
     process = fit("--model", "Model_1", "--lr", "1e30", check=False)
     assert process.returncode == 1
-    assert re.fullmatch(
-        r"train.py: error: the loss became (nan|inf) in epoch 1: try a lower --lr\n",
-        process.stderr,
-    )
+    sentence = r"train.py: error: the loss became (nan|inf) in epoch 1: try a lower --lr\n"
+    assert re.fullmatch(sentence, process.stderr)
     assert (tmp_path / "best_Model_1.1.pth").read_text() == "mine"
 
 
@@ -401,12 +394,8 @@ def test_in_ascii_and_with_torchruns_leftovers_it_runs(run, small_data):
 def test_an_older_python_is_a_one_line_error():
     code = f"import sys, runpy; sys.version_info = (3, 9, 1); sys.path.insert(0, {str(ROOT)!r}); "
     for script in "train.py", "evaluate.py":
-        command = [
-            sys.executable,
-            "-c",
-            code + f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')",
-        ]
-        process = subprocess.run(command, capture_output=True, text=True)
+        run_script = f"runpy.run_path({str(ROOT / script)!r}, run_name='__main__')"
+        process = subprocess.run([sys.executable, "-c", code + run_script], capture_output=True, text=True)
         assert process.returncode == 1
         assert process.stderr == "this project needs Python 3.10 or newer; this is Python 3.9\n"
 
@@ -436,9 +425,8 @@ def test_an_epoch_records_the_mean_validation_loss_and_steps_the_scheduler_by_th
     (metrics,) = state.history
     assert metrics["validation_loss"] == pytest.approx(cross_entropy(logits, labels).item(), rel=1e-4)
     correct = (logits.argmax(1) == labels).float().mean().item()
-    assert metrics["validation_accuracy"] == pytest.approx(correct) and stepped == [
-        metrics["validation_accuracy"]
-    ]
+    assert metrics["validation_accuracy"] == pytest.approx(correct)
+    assert stepped == [metrics["validation_accuracy"]]
 
 
 def test_the_weights_do_not_depend_on_whether_the_table_is_printed(fit, tmp_path, monkeypatch):
@@ -463,15 +451,8 @@ def test_a_narrow_terminal_shows_loss_and_accuracy(small_data, tmp_path, monkeyp
     args.device, args.output_dir = torch.device("cpu"), tmp_path
     train.train("Model_1", args, 0)
     assert bars[0]["dynamic_ncols"] is True
-    text = tqdm.format_meter(
-        200,
-        430,
-        3.0,
-        ncols=40,
-        prefix="Epoch 12",
-        postfix="loss 0.293, 92.11%",
-        **{"bar_format": bars[0]["bar_format"]},
-    )
+    words = {"prefix": "Epoch 12", "postfix": "loss 0.293, 92.11%", "bar_format": bars[0]["bar_format"]}
+    text = tqdm.format_meter(200, 430, 3.0, ncols=40, **words)
     assert "loss 0.293, 92.11%" in text and len(text) <= 40
 
 
