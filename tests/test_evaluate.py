@@ -101,6 +101,15 @@ def test_an_empty_directory_is_skipped_and_only_empty_ones_are_an_error(call, tm
     assert (process.returncode, process.stderr) == (1, "evaluate.py: error: no images in empty\n")
 
 
+def test_pillows_warnings_are_not_printed(call, tmp_path, monkeypatch, recwarn):
+    seven(2_100).save(tmp_path / "seven.jpg")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3_000_000)
+    with Image.open(tmp_path / "seven.jpg"):
+        assert len(recwarn) == 1  # about its size
+    call("evaluate.py", WEIGHTS / "Model_3.pth", "--images", "seven.jpg")
+    assert len(recwarn) == 1
+
+
 @pytest.mark.parametrize("suffix", ["tiff", "gif"])
 def test_a_file_of_several_pages_gets_a_warning(call, tmp_path, suffix):
     seven().save(tmp_path / f"pages.{suffix}", save_all=True, append_images=[seven(ink=50), seven(ink=90)])

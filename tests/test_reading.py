@@ -440,14 +440,15 @@ def test_a_directory_that_cannot_be_read_is_reported(tmp_path, monkeypatch, call
 
 
 def test_images_are_found_in_directories_by_extension(tmp_path):
-    shown = "b.PNG", "a sêven.jpg", "0/deep/c.tiff", "IMG_1.HEIC", "notes.pdf"
-    for name in *shown, ".hidden.png", ".git/d.png":
+    found = "b.PNG", "a sêven.jpg", "0/deep/c.tiff", "IMG_1.HEIC", "notes.pdf"
+    for name in *found, "3/f.png", "1/d.png", "4/g.png", "2/e.png", ".hidden.png", ".git/h.png":
         (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "photos" / name).touch()
     (tmp_path / "photos" / "folder.png").mkdir()
     (tmp_path / "alone.pdf").touch()
     images, others, _ = reading.find_images([tmp_path / "alone.pdf", tmp_path / "photos"])
-    assert [path.name for path in images] == ["alone.pdf", "a sêven.jpg", "b.PNG", "c.tiff"]
+    names = ["alone.pdf", "a sêven.jpg", "b.PNG", "c.tiff", "d.png", "e.png", "f.png", "g.png"]
+    assert [path.name for path in images] == names
     assert [path.name for path in others] == ["IMG_1.HEIC", "notes.pdf"]
     (tmp_path / "empty").mkdir()
     assert reading.find_images([tmp_path / "empty", tmp_path / "p*" / "*" / "deep"]) == ([images[3]], [], [])

@@ -2,6 +2,7 @@ import contextlib
 import copy
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -398,6 +399,11 @@ def test_an_older_python_is_a_one_line_error():
         process = subprocess.run([sys.executable, "-c", code + run_script], capture_output=True, text=True)
         assert process.returncode == 1
         assert process.stderr == "this project needs Python 3.10 or newer; this is Python 3.9\n"
+
+
+def test_python_3_10_is_new_enough(monkeypatch):
+    monkeypatch.setattr(sys, "version_info", (3, 10, 0))
+    runpy.run_path(str(ROOT / "support" / "startup.py"))
 
 
 def test_recipes_and_optimizers_are_those_described():
