@@ -1,5 +1,6 @@
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,7 @@ def test_an_empty_directory_is_skipped_and_only_empty_ones_are_an_error(call, tm
 def test_pillows_warnings_are_not_printed(call, tmp_path, monkeypatch, recwarn):
     seven(2_100).save(tmp_path / "seven.jpg")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3_000_000)
+    warnings.simplefilter("always")
     with Image.open(tmp_path / "seven.jpg"):
         assert len(recwarn) == 1  # about its size
     call("evaluate.py", WEIGHTS / "Model_3.pth", "--images", "seven.jpg")
