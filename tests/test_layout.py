@@ -139,9 +139,10 @@ def test_weights_whose_logits_are_not_finite_are_an_error(fit, call, monkeypatch
     state["2.running_var"].fill_(-1)
     torch.save(state, tmp_path / "negative.pth")
     seven().save(tmp_path / "seven.png")
-    for arguments in [], ["--images", "seven.png"]:
+    for arguments, name in ([], "negative.pth: "), (["--images", "seven.png"], ""):
         ended = call("evaluate.py", "negative.pth", *arguments, check=False)
-        assert ended.returncode == 1 and "logits are not finite" in ended.stderr and "nan" not in ended.stdout
+        assert ended.stderr.startswith(f"evaluate.py: error: {name}the model's logits are not finite")
+        assert ended.returncode == 1 and "nan" not in ended.stdout
     finite = models.Model_1.forward
     monkeypatch.setattr(
         models.Model_1, "forward", lambda self, x: finite(self, x) / (1 if self.training else 0)

@@ -137,7 +137,7 @@ def test_other_sites_and_other_paths_are_rejected(port):
         {"Origin": "null"},
     ):
         status, sentence = ask(port, picture, **headers)
-        assert status == 403 and f"ssh -L {port}:127.0.0.1:{port} HOST" in sentence
+        assert status == 403 and f"/ (forward the port with ssh -L {port}:127.0.0.1:{port} HOST)" in sentence
         assert ask(port, method="GET", **headers)[0] == 403
     assert ask(port, method="GET", path="/?vscodeBrowserReqId=1")[0] == 200
     assert ask(port, picture, path="/other")[0] == 404

@@ -77,6 +77,12 @@ def test_mistakes_are_titled_label_as_prediction_the_most_confident_first(tmp_pa
     assert tuple(figures["mistakes.png"].get_size_inches()) == pytest.approx((8.8, 4), abs=0.1)  # three rows
 
 
+def test_a_grid_has_a_place_for_each_image():
+    for number in 8, 9:
+        axes = plots.grid(torch.zeros(number, 28, 28), [""] * number).axes
+        assert sum(bool(ax.get_images()) for ax in axes) == number and len(axes) == 8 * (number - 7)
+
+
 def test_one_evaluation_leaves_no_plot_of_another(tmp_path):
     for name in "mistakes.png", "notes.png":
         (tmp_path / name).write_text("old")
