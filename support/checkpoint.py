@@ -74,7 +74,7 @@ def load(path, model_name=None):
     state = read(Path(path))
     if isinstance(state, dict) and "version" in state:
         raise CheckpointError(f"{path} is a training state; the weights are in the file best_...")
-    names = [model_name] if model_name else list(MODELS)
+    names = [model_name] if model_name else MODELS
     fitting = []
     for name in names:
         with contextlib.suppress(AttributeError, RuntimeError, TypeError):  # raised if the weights do not fit

@@ -240,7 +240,8 @@ def test_a_zip_bomb_is_rejected(state, tmp_path):
             bomb.writestr(record.filename, large.read(record))
     assert (tmp_path / "bomb.pth").stat().st_size < 100_000
     assert len(torch.load(tmp_path / "bomb.pth", weights_only=True)["zeros"]) == 10_000_000
-    assert "is corrupt or not a checkpoint" in refusal(tmp_path / "bomb.pth", state)
+    path = tmp_path / "bomb.pth"
+    assert refusal(path, state) == f"{path} is corrupt or not a checkpoint"
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
@@ -254,8 +255,9 @@ def test_directories_pipes_and_missing_files_are_rejected(state, tmp_path):
     "version", [*VALUES, torch.zeros(3, 4), "a\nb", 2, 3, VERSION - 1, VERSION + 1], ids=repr
 )
 def test_a_state_of_another_version_is_rejected(file, state, tmp_path, version):
-    torch.save(file | {"version": version}, tmp_path / "other.pth")
-    assert "is not a training state of this version" in refusal(tmp_path / "other.pth", state)
+    path = tmp_path / "other.pth"
+    torch.save(file | {"version": version}, path)
+    assert refusal(path, state) == f"{path} is not a training state of this version (format {VERSION})"
 
 
 @pytest.mark.parametrize(

@@ -117,8 +117,9 @@ def test_an_invalid_drawing_gets_a_status_and_a_message_and_the_server_keeps_run
     for body in "7", "", "[7]", "[[7]]", '[[["a", "b"]]]', '{"a": 1}', b"\xff\x00", f"[[[{10**400}, 1]]]":
         assert ask(port, body) == (422, "the drawing is not a list of strokes"), body
     assert ask(port, "[]") == (422, "the image is empty: nothing stands out from the background")
-    assert ask(port, None)[0] in (413, 422)
-    assert ask(port, b"7", Content_Length="8000000")[0] == 413
+    for length in "8000000", "-1", "seven", "":
+        sentence = f"Content-Length must be given and at most {page.MAX_BYTES:,} bytes"
+        assert ask(port, b"7", Content_Length=length) == (413, sentence)
     assert ask(port, json.dumps(1_000 * json.loads(SEVEN)))[0] == 200  # a long drawing
 
 

@@ -47,6 +47,7 @@ def test_the_confusion_matrix_has_predictions_to_the_right_and_labels_down():
     (ax,) = plots.confusion(predictions, labels).axes
     texts = {(text.get_position()): text.get_text() for text in ax.texts}
     assert texts == {(1, 7): "2", (7, 7): "1", (2, 2): "1", (9, 4): "1"}
+    assert {(text.get_ha(), text.get_va()) for text in ax.texts} == {("center", "center")}
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("Prediction", "Label")
     assert ax.get_title() == "3 errors in 5 images"
     assert list(ax.get_xticks()) == list(ax.get_yticks()) == list(range(10))

@@ -326,6 +326,7 @@ MISTAKES = [
     (["--data-dir", "nowhere"], 1, "nowhere: no such directory; create it to download MNIST there"),
     (["--data-dir", "broken"], 1, "train-images-idx3-ubyte"),
     (["--folds", "2", "--data-dir", "one"], 1, "1 training images; fold 1 of 2 leaves 0 for training"),
+    (["--data-dir", "one"], 1, "one has 1 training images; one twelfth for validation leaves 1 for training"),
     (["--frobnicate"], 2, "--frobnicate"),
 ]
 
@@ -547,12 +548,14 @@ def test_an_epoch_is_saved_before_it_is_printed(fit, monkeypatch):
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_only_the_first_process_draws_a_bar(epoch, monkeypatch, rank):
+def test_only_the_first_process_draws_a_bar_and_reads_the_loss_every_50_steps(epoch, monkeypatch, rank):
     bars = []
     monkeypatch.setattr(train.distributed, "RANK", rank)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setattr(
         train, "tqdm", lambda *given, disable, **options: bars.append(disable) or tqdm(*given, disable=True)
     )
-    epoch(1)
+    with Reads() as reads:
+        epoch(120)
     assert bars == [rank == 1]
+    assert reads.count == (2 if rank else 6)
