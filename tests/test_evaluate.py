@@ -48,16 +48,15 @@ def test_a_file_that_is_not_a_model_is_a_one_line_error(tmp_path, call, fit):
     poisoned = models.Model_3().state_dict()
     poisoned["1.weight"][0] = torch.nan
     torch.save(poisoned, tmp_path / "nan.pth")
-    for name, reason in [
-        ("noise.pth", "noise.pth is corrupt or not a checkpoint"),
-        ("other.pth", "other.pth does not contain the weights of Model_1 or Model_2 or Model_3"),
-        ("nan.pth", "nan.pth: 1.weight has values that are not finite"),
-        ("missing.pth", "missing.pth: no such file"),
-        ("last_Model_1.pth", "is a training state; the weights are in the file best_..."),
+    for name, words in [
+        ("noise.pth", " is corrupt or not a checkpoint"),
+        ("other.pth", " does not contain the weights of Model_1 or Model_2 or Model_3"),
+        ("nan.pth", ": 1.weight has values that are not finite"),
+        ("missing.pth", ": no such file"),
+        ("last_Model_1.pth", " is a training state; the weights are in the file best_..."),
     ]:
         process = call("evaluate.py", name, check=False)
-        assert process.returncode == 1 and process.stderr.count("\n") == 1
-        assert process.stderr.startswith("evaluate.py: error: ") and reason in process.stderr
+        assert (process.returncode, process.stderr) == (1, f"evaluate.py: error: {name}{words}\n")
 
 
 def test_images_are_classified_one_by_one_by_the_ensemble(call, tmp_path):
@@ -68,10 +67,8 @@ def test_images_are_classified_one_by_one_by_the_ensemble(call, tmp_path):
     process = call("evaluate.py", *checkpoints, "--device", "cpu", "--images", *paths, check=False)
     assert process.returncode == 1
     lines = process.stdout.splitlines()
-    assert [re.fullmatch(r"(.*): 7 \([\d.]+%\), then [^7] \([\d.]+%\)", line)[1] for line in lines] == [
-        "seven.png",
-        "other.png",
-    ]
+    answers = [re.fullmatch(r"(.*): 7 \([\d.]+%\), then [^7] \([\d.]+%\)", line)[1] for line in lines]
+    assert answers == ["seven.png", "other.png"]
     assert process.stderr == "evaluate.py: error: missing.png: no such file\n"
     assert call("evaluate.py", *checkpoints, "--images", "other.png").returncode == 0
 
