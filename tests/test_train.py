@@ -158,7 +158,7 @@ def test_a_bar_is_drawn_on_a_terminal_only(small_data, tmp_path):
                 drawn += chunk
         output = process.stdout.read().decode()
     os.close(terminal)
-    assert b"Epoch 1" in drawn and b"110/110" in drawn and re.search(rb"loss \d\.\d{3}, \d+\.\d\d%", drawn)
+    assert b"\rEpoch 1" in drawn and b"110/110" in drawn and re.search(rb"loss \d\.\d{3}, \d+\.\d\d%", drawn)
     assert len(BLOCK.findall(output)) == 1
     assert drawn.endswith(b"\r")  # the bar is wiped, and no line of its own is left
 
