@@ -433,7 +433,7 @@ def test_an_outdated_best_file_of_a_killed_run_is_replaced(fit, tmp_path):
 def test_resuming_without_a_file_starts_and_resuming_a_finished_run_only_tests(fit):
     first, second = (fit("--epochs", 1, "--resume").stdout for _ in range(2))
     assert "last_Model_3.pth: no such file, starting from the beginning\n" in first
-    assert "Resuming from last_Model_3.pth (epoch 1)\n" in second
+    assert "\nResuming from last_Model_3.pth (epoch 1)\n" in second
     assert BLOCK.findall(second) == []
     assert TEST_LINE.search(first)[1] == TEST_LINE.search(second)[1]
 

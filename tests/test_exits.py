@@ -54,7 +54,7 @@ def test_a_signal_ends_the_run_with_one_line_that_says_how_to_resume(start, fit,
     assert errors in expected
 
     output = fit("--epochs", epoch + 1, "--resume").stdout
-    assert f"Resuming from last_Model_3.pth (epoch {epoch})\n" in output
+    assert f"\nResuming from last_Model_3.pth (epoch {epoch})\n" in output
     assert [block[0] for block in BLOCK.findall(output)] == [str(epoch + 1)]
 
 

@@ -38,7 +38,7 @@ def test_a_small_run_prints_learns_and_saves_a_plain_state_dict(name, fit, small
         and f"\nParameters: {PARAMETERS[name]:,}\n\n{name} on cpu: {settings}\n{versions}\n" in before
     )
     assert f"\nData: {small_data / 'MNIST' / 'raw'} (not MNIST)\n" in before
-    assert "Images: 1,100 for training, 100 for validation, 1,000 for testing" in before
+    assert "\nImages: 1,100 for training, 100 for validation, 1,000 for testing\n" in before
     blocks = BLOCK.findall(output)
     assert [(epoch, epochs) for epoch, epochs, *_ in blocks] == [("1", "3"), ("2", "3"), ("3", "3")]
     assert float(blocks[2][2]) < float(blocks[0][2])  # the loss fell
@@ -65,7 +65,7 @@ def test_model_3_reaches_98_5_percent_in_one_epoch(call):
 def test_model_1_reaches_98_percent_in_its_two_epochs(call):
     output = call("train.py", "--model", "Model_1").stdout
     assert f"\nData: {RAW_DIR} (MNIST)\n" in output
-    assert "Images: 55,000 for training, 5,000 for validation, 10,000 for testing" in output
+    assert "\nImages: 55,000 for training, 5,000 for validation, 10,000 for testing\n" in output
     assert len(BLOCK.findall(output)) == 2
     assert float(TEST_LINE.search(output)[1]) >= 98.0
 
@@ -108,10 +108,10 @@ def test_early_stopping_and_a_lowered_rate_are_announced(fit):
     assert "Early stopping" not in fit(*options, "--epochs", 2).stdout
     output = fit(*options, "--epochs", 9).stdout
     assert [block[0] for block in BLOCK.findall(output)] == ["3", "4"]
-    assert "Early stopping: no improvement for 3 epochs\n" in output
+    assert "\nEarly stopping: no improvement for 3 epochs\n" in output
     output = fit(*options, "--epochs", 9).stdout
     assert BLOCK.findall(output) == []
-    assert f"Resuming from {Path('resumed') / 'last_Model_1.pth'} (epoch 4)\n" in output
+    assert f"\nResuming from {Path('resumed') / 'last_Model_1.pth'} (epoch 4)\n" in output
 
 
 @pytest.mark.parametrize("optimizer", train.OPTIMIZERS)
