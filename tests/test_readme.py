@@ -66,7 +66,7 @@ def test_the_trained_weights_are_evaluated_without_arguments(call):
     weights = Path("models") / "weights" / "Model_3.pth"
     (accuracy,) = re.findall(r"^\| `Model_3.pth` .* \| (\S+) \|$", README, re.MULTILINE)
     assert f"{weights}: Model_3, 4,506 parameters\nTest Accuracy: {accuracy}" in output
-    assert f"Data: {RAW_DIR} (MNIST)\n" in output
+    assert f"Data: {RAW_DIR} (MNIST)\n" in output and "Ensemble" not in output
 
 
 def test_the_lines_that_read_an_image_and_export_a_model_work(tmp_path, monkeypatch):
