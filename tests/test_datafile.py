@@ -136,6 +136,13 @@ def test_a_batch_is_one_indexing_operation(mnist):
     assert indexing.calls == 2 * len(mnist[0])  # images and labels
 
 
+def test_normalizing_leaves_its_argument_as_it_is():
+    for images in torch.full((2, 28, 28), 255.0), torch.full((2, 28, 28), 255, dtype=torch.uint8):
+        normalized = datafile.normalize(images)
+        assert normalized.shape == (2, 1, 28, 28) and normalized.dtype == torch.float32
+        assert torch.allclose(normalized, torch.tensor((1 - 0.1307) / 0.3081)) and (images == 255).all()
+
+
 IMAGES, LABELS = datafile.FILES[:2]
 NOT_IDX = "is not an IDX file of"
 CUT = "Compressed file ended before the end-of-stream marker was reached"

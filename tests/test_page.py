@@ -101,6 +101,7 @@ def test_a_drawing_is_read_as_the_same_picture_from_a_file(port, tmp_path, call)
 def test_strokes_are_drawn_as_thick_and_as_round_as_on_the_page():
     image = page.draw("[[[50, 100], [200, 100]], [[250, 250]]]")
     assert image.getbbox() == (0, 0, 280, 280) and image.size == (280, 280)
+    assert ImageChops.invert(page.draw("[[[100, 50]]]")).getbbox() == (90, 40, 111, 61)
     for x, y, gray in [
         (41, 100, 0),
         (38, 100, 255),

@@ -308,7 +308,7 @@ MISTAKES = [
     (["--batch-size", "0"], 2, "argument --batch-size: must be between 1 and 1,000,000, not 0"),
     (["--batch-size", "1000001"], 2, "--batch-size: must be between 1 and 1,000,000, not 1000001"),
     (["--lr", "nan"], 2, "argument --lr: must be greater than 0 and at most 1e30, not nan"),
-    (["--lr", "1e31"], 2, "argument --lr: must be greater than 0 and at most 1e30, not 1e31"),
+    (["--lr", "1.1e30"], 2, "argument --lr: must be greater than 0 and at most 1e30, not 1.1e30"),
     (["--lr", "0"], 2, "argument --lr: must be greater than 0 and at most 1e30, not 0"),
     (["--seed", "-1"], 2, f"argument --seed: must be between 0 and {2**62:,}, not -1"),
     (["--early-stopping", "0"], 2, "--early-stopping: must be between 1 and 1,000,000, not 0"),
