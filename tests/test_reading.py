@@ -461,11 +461,11 @@ def test_images_are_found_in_directories_by_extension(tmp_path):
     assert reading.find_images([tmp_path / "empty", tmp_path / "p*" / "*" / "deep"]) == ([images[3]], [], [])
 
 
-def test_an_error_of_the_system_is_not_taken_for_a_damaged_image(tmp_path, monkeypatch):
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), MemoryError()], ids=repr)
+def test_an_error_of_the_system_is_not_taken_for_a_damaged_image(tmp_path, monkeypatch, error):
     seven().save(tmp_path / "seven.png")
-    denied = PermissionError(13, "Permission denied")
-    monkeypatch.setattr(Image, "open", mock.Mock(side_effect=denied))
-    with pytest.raises(PermissionError):
+    monkeypatch.setattr(Image, "open", mock.Mock(side_effect=error))
+    with pytest.raises(type(error)):
         reading.read_digit(tmp_path / "seven.png")
 
 

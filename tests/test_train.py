@@ -430,6 +430,7 @@ def test_an_epoch_records_the_mean_validation_loss_and_steps_the_scheduler_by_th
     with torch.no_grad():
         logits = state.average_model.eval()(images)
     (metrics,) = state.history
+    assert {type(value) for value in metrics.values()} == {float}
     assert metrics["validation_loss"] == pytest.approx(cross_entropy(logits, labels).item(), rel=1e-4)
     correct = (logits.argmax(1) == labels).float().mean().item()
     assert metrics["validation_accuracy"] == pytest.approx(correct)
