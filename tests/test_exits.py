@@ -299,7 +299,7 @@ def test_the_default_device_is_cuda_if_it_works_and_a_gpu_that_does_not_is_named
 
 
 def test_each_of_several_workers_gets_its_own_gpu_or_an_error(monkeypatch):
-    """Simulated: four workers on a machine with two GPUs, then one whose GPU another program holds."""
+    """Simulated: four workers with two GPUs, then one whose GPU another program holds, then none at all."""
     chosen, asked = [], []
 
     def zeros(size, device):
@@ -321,6 +321,8 @@ def test_each_of_several_workers_gets_its_own_gpu_or_an_error(monkeypatch):
     assert set(asked) == {"cuda:0", "cuda:1"}  # never another's
     with pytest.raises(exits.RunError, match="device 'cuda:1' is not available: CUDA error: device is busy$"):
         devices.select_device()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert devices.select_device() == torch.device("cpu")
 
 
 @pytest.mark.parametrize(
