@@ -21,7 +21,7 @@ import evaluate
 from conftest import WEIGHTS
 from support import checkpoint
 from support.handwriting import page
-from support.handwriting.reading import ImageError
+from support.handwriting.reading import ImageError, read_digit
 
 
 @pytest.fixture
@@ -282,22 +282,21 @@ class Drawer:
         best = self.browser.find_elements("css selector", "#bars .best th")
         return int(best[0].text) if best else None
 
-    def ink(self):
-        """The amount of ink that the model saw, in pixels."""
+    def seen(self):
+        """The image that the model saw, a list of 784 pixels, or None."""
         if not self.browser.find_element("id", "figure").is_displayed():
-            return 0
+            return None
         script = "return [...seen.getImageData(0, 0, 28, 28).data].filter((_, i) => i % 4 === 0)"
-        return sum(self.browser.execute_script(script)) / 255
+        return self.browser.execute_script(script)
 
 
 def test_digits_drawn_in_a_browser_are_read_as_they_are_drawn(port, browser):
     drawer = Drawer(browser, port)
-    assert drawer.answer() is None and drawer.ink() == 0
+    assert drawer.answer() is None and drawer.seen() is None
     for digit, strokes in STROKES.items():
         assert drawer.draw(strokes) == digit
-        assert 30 < drawer.ink() < 250
         browser.find_element("id", "clear").click()
-        assert drawer.answer() is None and drawer.ink() == 0
+        assert drawer.answer() is None and drawer.seen() is None
     for kind in "touch", "pen":
         assert drawer.draw(STROKES[3], kind) == 3
         browser.find_element("css selector", "body").send_keys("\ue00c")  # Escape
@@ -330,7 +329,7 @@ def test_the_answer_is_large_and_undo_and_keys_take_strokes_back(port, browser):
         assert browser.execute_script("return strokes.length") == left, key
 
 
-def test_the_paper_shows_what_the_model_reads(port, browser):
+def test_the_paper_shows_where_the_pointer_was_and_what_the_model_reads(port, browser):
     """Line, corner, dot, and what is left after an undo and after both buttons."""
     drawer = Drawer(browser, port)
     strokes = [(20, 30), (80, 30)], [(20, 80), (40, 40), (60, 80)], [(80, 60)]
@@ -339,11 +338,16 @@ def test_the_paper_shows_what_the_model_reads(port, browser):
     known = {}
     for number, step in zip((1, 2, 3, 2, 1, 0), steps):
         step()
+        drawer.answer()
         found = browser.execute_script("return strokes")
         assert len(found) == number and known.setdefault(number, found) == found
+        for points, stroke in zip(strokes, found):
+            ends = [2.8 * value for point in (points[0], points[-1]) for value in point]
+            assert stroke[0] + stroke[-1] == pytest.approx(ends, abs=2)
         url = browser.execute_script("return paper.toDataURL()")
         shown = Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).convert("L")
         drawn = page.draw(json.dumps(found))
+        assert drawer.seen() == (read_digit(drawn).flatten().tolist() if found else None)
         missing = ImageChops.subtract(shown, drawn.filter(ImageFilter.MaxFilter(3)))  # one pixel may differ
         extra = ImageChops.subtract(drawn.filter(ImageFilter.MinFilter(3)), shown)
         assert sum(missing.histogram()[200:]) + sum(extra.histogram()[200:]) < 10, number
@@ -426,7 +430,7 @@ def test_a_tap_is_a_dot_and_nothing_is_sent_before_there_is_ink(port, browser, r
     browser.find_element("id", "clear").click()
     assert drawer.answer() is None and {method for method, _, _ in requests} == {"GET"}
     assert not browser.find_element("id", "figure").is_displayed()
-    assert drawer.draw([[(50, 50)]]) is not None and drawer.ink() > 50
+    assert drawer.draw([[(50, 50)]]) is not None and sum(drawer.seen()) > 50 * 255
     assert browser.find_element("id", "message").text.endswith(": this may not be a digit")
     drawer.draw(STROKES[3])
     assert {(path, status) for _, path, status in requests} == {("/", 200)}  # and no favicon is asked for
