@@ -174,7 +174,7 @@ def close(gray):
     """
     surface, _, sign = fit_surface(gray)
     gray = gray - surface
-    smooth = sign * avg_pool2d(gray[None, None], 3, 1, 1, count_include_pad=False)
+    smooth = sign * avg_pool2d(gray[None, None], 3, 1, 1)
     size = [min(55, length) for length in gray.shape]
     # Dilation, then erosion, with squares inside the image.
     margins = size[1] - 1, size[1] - 1, size[0] - 1, size[0] - 1
