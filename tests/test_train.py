@@ -241,8 +241,9 @@ def test_metrics_and_average_of_an_epoch_are_those_of_a_plain_loop(mnist, epoch)
     images, labels = (tensor[:300] for tensor in mnist.validation.dataset.tensors)
     loader = list(zip(images.split(128), labels.split(128)))
     torch.manual_seed(1)
-    convolution, norm = torch.nn.Conv2d(1, 4, 5, 2), torch.nn.BatchNorm2d(4)
-    model = torch.nn.Sequential(convolution, norm, torch.nn.Flatten(), torch.nn.Linear(576, 10))
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 5, 2), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(576, 10)
+    )
     plain, average = copy.deepcopy(model), copy.deepcopy(model)
     optimizer, other = (torch.optim.Adam(net.parameters(), lr=0.01, fused=True) for net in (model, plain))
     loss, accuracy = train.train_epoch(model, average, loader, optimizer, epoch, augmented=False)
@@ -559,4 +560,4 @@ def test_only_the_first_process_draws_a_bar_and_reads_the_loss_every_50_steps(ep
     with Reads() as reads:
         epoch(120)
     assert bars == [rank == 1]
-    assert reads.count == (2 if rank else 6)
+    assert reads.count == (2 if rank else 6)  # the loss and the accuracy, at steps 50 and 100 and at the end
